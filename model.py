@@ -1,0 +1,665 @@
+"""A checkpoint is a config, some tensors and a tokenizer.
+
+Read a Hugging Face folder, refuse by name what is not supported, put the weights on the device, and
+run GPT-2 (Radford et al. 2019) or Llama (Touvron et al. 2023) over a ragged batch. The families are
+the same machine with different parts, and `Model.__call__` shows them side by side:
+
+                  GPT-2                          Llama, Mistral, Qwen2, Qwen3
+    position      learned, added to the input    rotary, applied to q and k in every layer (RoPE)
+    norm          LayerNorm                      RMSNorm; Qwen3 also on every q and k head
+    MLP           down(act(up(x)))               down(act(gate(x)) * up(x))
+    heads         one KV head per query head     G query heads share one KV head (GQA)
+    biases        everywhere                     nowhere; Qwen2 on q, k, v; Llama as its config says
+"""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import difflib
+import json
+import math
+import re
+import sys
+import time
+import unicodedata
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import ATTENTION, WRITE_KV, Batch
+
+
+# ---------------------------------------------------------------------------------------------
+# The config
+
+MODEL_TYPES = {"gpt2": ("GPT2LMHeadModel", "GPT2Model"), "llama": ("LlamaForCausalLM", "LlamaModel"),
+               "mistral": ("MistralForCausalLM", "MistralModel"), "qwen2": ("Qwen2ForCausalLM", "Qwen2Model"),
+               "qwen3": ("Qwen3ForCausalLM", "Qwen3Model")}
+ACTIVATIONS = {"gelu_new": partial(F.gelu, approximate="tanh"), "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+               "gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Config:
+    """What a model needs to know about itself, whatever the family. Letters as in the shape suffixes."""
+    family: str                    # "gpt2" or "llama"
+    L: int                         # layers
+    E: int                         # hidden size
+    H: int                         # query heads
+    K: int                         # KV heads
+    D: int                         # head size
+    I: int                         # hidden size of the MLP
+    V: int                         # vocabulary
+    context: int                   # the longest sequence, prompt and continuation together
+    activation: str
+    eps: float                     # of the norms
+    biased: set[str]               # which of qkv, out, up, down have a bias
+    qk_norm: bool                  # RMSNorm on each q and k head (Qwen3)
+    tied: bool                     # the head is the token embedding
+    scales: list[float]            # per layer, what q.k is multiplied by
+    windows: list[int | None]      # per layer, how many keys back a query sees; None: all
+    rope: dict                     # rope_theta, rope_type and what the type needs
+    eos: list[int]                 # tokens that end a text
+    dtype: str                     # in which the weights were stored
+
+
+class Fields:
+    """A JSON object whose missing or mistyped entries are named in the error."""
+
+    def __init__(self, path: Path):
+        self.path, self.values = path, read_json(path)
+
+    def get(self, key: str, default=None):
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A positive whole number."""
+        value = self.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            state = "is missing" if value is None else f"is {value!r}, not a positive whole number"
+            raise ValueError(f"{self.path}: {key!r} {state}")
+        return value
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): fetch the file again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} does not hold a JSON object: fetch the file again")
+    return value
+
+
+def read_config(folder: Path) -> Config:
+    """Config of the checkpoint in `folder`. Raises ValueError for what is missing or not supported."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}: give --model a folder with config.json and model.safetensors")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: give --model a checkpoint folder in Hugging Face's layout")
+    raw = Fields(folder / "config.json")
+    kind, architectures = raw.get("model_type"), raw.get("architectures", [])
+    if kind is None and architectures:
+        kind = next((k for k, names in MODEL_TYPES.items() if architectures[0] in names), None)
+    if kind not in MODEL_TYPES or not set(architectures) <= set(MODEL_TYPES[kind]):
+        raise ValueError(f"{raw.path}: architecture {(architectures or [kind])[0]!r} is not supported: "
+                         f"only {', '.join(names[0] for names in MODEL_TYPES.values())} are")
+    if raw.get("quantization_config"):
+        raise ValueError(f"{raw.path}: 'quantization_config' is not supported: use the unquantised checkpoint")
+
+    eos = raw.get("eos_token_id", [])
+    if (folder / "generation_config.json").is_file():
+        eos = Fields(folder / "generation_config.json").get("eos_token_id", eos)
+    common = {"eos": eos if isinstance(eos, list) else [eos],
+              "dtype": str(raw.get("dtype", raw.get("torch_dtype", "float32"))).removeprefix("torch.")}
+    c = (read_gpt2_config if kind == "gpt2" else read_llama_config)(raw, kind, common)
+    if c.activation not in ACTIVATIONS:
+        raise ValueError(f"{raw.path}: activation {c.activation!r} is not supported: only {', '.join(ACTIVATIONS)} are")
+    if c.H % c.K:
+        raise ValueError(f"{raw.path}: {c.H} query heads cannot share {c.K} KV heads evenly")
+    return c
+
+
+def read_gpt2_config(raw: Fields, kind: str, common: dict) -> Config:
+    E, H, L = raw.size("n_embd"), raw.size("n_head"), raw.size("n_layer")
+    if E % H:
+        raise ValueError(f"{raw.path}: 'n_embd' {E} is not a multiple of 'n_head' {H}")
+    if raw.get("add_cross_attention"):
+        raise ValueError(f"{raw.path}: 'add_cross_attention' is not supported: only decoders that stand alone are")
+    scale = (E // H) ** -0.5 if raw.get("scale_attn_weights", True) else 1.0
+    by_layer = raw.get("scale_attn_by_inverse_layer_idx", False)
+    return Config(
+        family="gpt2", L=L, E=E, H=H, K=H, D=E // H, I=raw.size("n_inner", 4 * E), V=raw.size("vocab_size"),
+        context=raw.size("n_positions", raw.get("n_ctx", 1024)),
+        activation=raw.get("activation_function", "gelu_new"), eps=raw.get("layer_norm_epsilon", 1e-5),
+        biased={"qkv", "out", "up", "down"}, qk_norm=False, tied=raw.get("tie_word_embeddings", True),
+        scales=[scale / (l + 1 if by_layer else 1) for l in range(L)], windows=[None] * L,
+        rope={}, **common)
+
+
+def read_llama_config(raw: Fields, kind: str, common: dict) -> Config:
+    E, H, L = raw.size("hidden_size"), raw.size("num_attention_heads"), raw.size("num_hidden_layers")
+    D = raw.size("head_dim", E // H)
+    # Mistral slides a window over every layer, Qwen over some of them and only if told to.
+    window = raw.get("sliding_window") if kind == "mistral" or raw.get("use_sliding_window") else None
+    full = 0 if kind == "mistral" else raw.get("max_window_layers", 28)
+    layers = ["sliding_attention" if l >= full else "full_attention" for l in range(L)]
+    if kind.startswith("qwen"):
+        layers = raw.get("layer_types", layers)
+    for name in layers:
+        if name not in ("sliding_attention", "full_attention"):
+            raise ValueError(f"{raw.path}: layer type {name!r} is not supported: "
+                             "only sliding_attention and full_attention are")
+    if len(layers) != L:
+        raise ValueError(f"{raw.path}: 'layer_types' names {len(layers)} layers, 'num_hidden_layers' is {L}")
+    attention_bias = {"qwen2": {"qkv"}}.get(kind, {"qkv", "out"} if raw.get("attention_bias") and kind != "mistral" else set())
+    mlp_bias = {"up", "down"} if raw.get("mlp_bias") and kind == "llama" else set()
+    return Config(
+        family="llama", L=L, E=E, H=H, K=raw.size("num_key_value_heads", H), D=D,
+        I=raw.size("intermediate_size"), V=raw.size("vocab_size"), context=raw.size("max_position_embeddings"),
+        activation=raw.get("hidden_act", "silu"), eps=raw.get("rms_norm_eps", 1e-6),
+        biased=attention_bias | mlp_bias, qk_norm=kind == "qwen3", tied=raw.get("tie_word_embeddings", False),
+        scales=[D ** -0.5] * L, windows=[window if name == "sliding_attention" else None for name in layers],
+        rope=read_rope(raw, D), **common)
+
+
+def read_rope(raw: Fields, D: int) -> dict:
+    """{"rope_type", "rope_theta", ...} from either spelling: `rope_parameters`, or `rope_scaling` and `rope_theta`."""
+    rope = dict(raw.get("rope_parameters", raw.get("rope_scaling", {})))
+    rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    rope["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    needs = {"default": (), "linear": ("factor",), "llama3": (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    if rope["rope_type"] not in needs:
+        raise ValueError(f"{raw.path}: rope type {rope['rope_type']!r} is not supported: only {', '.join(needs)} are")
+    for key in ("rope_theta", *needs[rope["rope_type"]]):
+        if not isinstance(rope.get(key), (int, float)):
+            raise ValueError(f"{raw.path}: rope type {rope['rope_type']!r} needs a number for {key!r}")
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) != 1 or D % 2:
+        raise ValueError(f"{raw.path}: rotating part of a head ('partial_rotary_factor', or an odd head size) is not supported")
+    return rope
+
+
+def rope_frequencies(rope: dict, D: int) -> Tensor:
+    """float32 [D / 2]: radians per position of each pair of a head's dimensions (Su et al. 2021)."""
+    frequency = 1.0 / rope["rope_theta"] ** (torch.arange(0, D, 2, dtype=torch.int64).float() / D)
+    if rope["rope_type"] == "linear":       # positions squeezed into the trained range (Chen et al. 2023)
+        return frequency / rope["factor"]
+    if rope["rope_type"] == "llama3":       # only slow turns are squeezed, with a ramp between (Llama 3.1)
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)   # in the trained context
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return keep * frequency + (1 - keep) * frequency / rope["factor"]
+    return frequency
+
+
+# ---------------------------------------------------------------------------------------------
+# The weights
+
+# What each family calls the parts of a layer. Several names: their rows are stacked into one matrix,
+# so that one product computes q, k and v, and one computes gate and up.
+NAMES = {
+    #                 GPT-2                        Llama
+    "embedding":     ("wte",                       "embed_tokens"),
+    "position":      ("wpe",                       ""),
+    "attn_norm":     ("h.{l}.ln_1",                "layers.{l}.input_layernorm"),
+    "qkv":           ("h.{l}.attn.c_attn",         "layers.{l}.self_attn.{q,k,v}_proj"),
+    "qk_norm":       ("",                          "layers.{l}.self_attn.{q,k}_norm"),
+    "out":           ("h.{l}.attn.c_proj",         "layers.{l}.self_attn.o_proj"),
+    "mlp_norm":      ("h.{l}.ln_2",                "layers.{l}.post_attention_layernorm"),
+    "up":            ("h.{l}.mlp.c_fc",            "layers.{l}.mlp.{gate,up}_proj"),
+    "down":          ("h.{l}.mlp.c_proj",          "layers.{l}.mlp.down_proj"),
+    "final_norm":    ("ln_f",                      "norm"),
+    "head":          ("lm_head",                   "lm_head"),
+}
+BUFFERS = r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$"   # stored beside the weights by old versions, never needed
+
+
+class Part(NamedTuple):
+    """One weight of the model: [out, in], or [out] for a norm, and its bias [out] or None."""
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class Checkpoint:
+    """The tensors of a folder by name, each read from its memory-mapped file when it is asked for."""
+
+    def __init__(self, folder: Path):
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if index.is_file():
+            names = {name: folder / file for name, file in Fields(index).get("weight_map", {}).items()}
+        elif single.is_file():
+            names = {name: single for name in self._open(single).keys()}
+        else:
+            raise ValueError(f"{folder} has no model.safetensors: fetch the weights in that format "
+                             "(other formats can run code when loaded, and are not read)")
+        for path in sorted(set(names.values())):
+            missing = {n for n, p in names.items() if p == path} - set(self._open(path).keys())
+            if missing:
+                raise ValueError(f"{path} lacks tensor {min(missing)}, which {index.name} places there: fetch both again")
+        # "transformer." and "model." are where the language model sits inside its head's class.
+        self.names = {re.sub(r"^(transformer|model)\.", "", name): name for name in names}
+        self.files = names
+        self.folder = folder
+
+    def _open(self, path: Path):
+        from safetensors import SafetensorError, safe_open
+        try:
+            return safe_open(path, framework="pt")
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing: fetch it into the folder") from None
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is torn{self._torn_tensor(path)} ({error}): fetch the file again") from None
+
+    @staticmethod
+    def _torn_tensor(path: Path) -> str:
+        """Name the first tensor that the file is too short for. Layout: header size, JSON header, data."""
+        try:
+            with open(path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+            ends = {name: 8 + size + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+            return " at tensor " + min((end, name) for name, end in ends.items() if end > path.stat().st_size)[1]
+        except (ValueError, LookupError, TypeError, AttributeError, MemoryError, OverflowError):
+            return " in its header"
+
+    def check(self, expected: dict[str, tuple[int, ...]]):
+        """Every expected tensor is there, in its shape and a known dtype, and no layer holds one more."""
+        for name, shape in expected.items():
+            if name not in self.names:
+                extra = difflib.get_close_matches(name, self.names.keys() - expected.keys(), 1, 0.8)
+                hint = f", which has {self.names[extra[0]]} instead" if extra else ""
+                raise ValueError(f"tensor {name} is missing from {self.folder}{hint}: fetch the checkpoint again")
+            view = self._open(self.files[self.names[name]]).get_slice(self.names[name])
+            if tuple(view.get_shape()) != shape:
+                raise ValueError(f"tensor {self.names[name]} has shape {list(view.get_shape())}, "
+                                 f"but config.json asks for {list(shape)}: the two do not belong together")
+            if view.get_dtype() not in ("F32", "F16", "BF16"):
+                raise ValueError(f"tensor {self.names[name]} is stored as {view.get_dtype()}: only float32, float16 "
+                                 "and bfloat16 are supported, so use the unquantised checkpoint")
+        for name in self.names.keys() - expected.keys():
+            if re.match(r"(h|layers)\.\d+\.", name) and not re.search(BUFFERS, name):
+                raise ValueError(f"tensor {self.names[name]} has no place in the model that config.json describes: "
+                                 "the two do not belong together")
+
+    def read_into(self, target: Tensor, name: str, transpose: bool):
+        # Opening the file for each tensor lets go of its mapped pages, so memory holds one copy of the weights.
+        source = self._open(self.files[self.names[name]]).get_tensor(self.names[name])
+        target.copy_(source.T if transpose else source)
+
+
+def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dtype) -> dict[str, list[Part]]:
+    """Every part by its name in NAMES, one entry per layer (or one). Raises ValueError naming a bad tensor."""
+    checkpoint = Checkpoint(folder)
+    gate_and_up = [c.I, c.I] if c.family == "llama" else [c.I]
+    # part: rows of each of its tensors, and columns (0: a vector)
+    shapes = {"embedding": ([c.V], c.E), "position": ([c.context], c.E), "attn_norm": ([c.E], 0),
+              "qkv": ([c.H * c.D, c.K * c.D, c.K * c.D], c.E), "qk_norm": ([c.D, c.D], 0),
+              "out": ([c.E], c.H * c.D), "mlp_norm": ([c.E], 0), "up": (gate_and_up, c.E), "down": ([c.E], c.I),
+              "final_norm": ([c.E], 0), "head": ([c.V], c.E)}
+    if c.family == "gpt2":
+        shapes["qkv"] = [3 * c.E], c.E     # stored as one tensor
+    if not c.qk_norm:
+        del shapes["qk_norm"]
+    if c.tied:
+        del shapes["head"]
+
+    jobs, expected, parts = [], {}, {}     # jobs: (target, name, transpose), done once everything is known to be there
+    for part, (rows, columns) in shapes.items():
+        pattern = NAMES[part][c.family == "llama"]
+        if not pattern:
+            continue
+        transpose = c.family == "gpt2" and part in ("qkv", "out", "up", "down")   # Conv1D stores [in, out]
+        kinds = {"weight": columns}
+        if part in c.biased or (c.family == "gpt2" and part.endswith("_norm")):
+            kinds["bias"] = 0
+        for l in range(c.L if "{l}" in pattern else 1):
+            made = {}
+            for kind, width in kinds.items():
+                made[kind] = torch.empty((sum(rows), width) if width else sum(rows), dtype=dtype, device=device)
+                for target, module in zip(made[kind].split(rows), expand(pattern.replace("{l}", str(l)))):
+                    jobs.append((target, f"{module}.{kind}", transpose and kind == "weight"))
+                    expected[jobs[-1][1]] = tuple(target.shape)[::-1 if jobs[-1][2] else 1]
+            parts.setdefault(part, []).append(Part(**made))
+    checkpoint.check(expected)
+
+    begin, total, done, shown = time.perf_counter(), sum(t.nbytes for t, *_ in jobs), 0, False
+    for target, name, transpose in jobs:
+        checkpoint.read_into(target, name, transpose)
+        done += target.nbytes
+        if sys.stderr.isatty() and time.perf_counter() - begin > 1:
+            shown = True
+            print(f"\rloading {folder}: {done / total:4.0%} of {total / 1e9:.1f} GB", end="", file=sys.stderr, flush=True)
+    if shown:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    if c.tied:
+        parts["head"] = parts["embedding"]
+    if c.qk_norm:   # one weight per head: q's for each query head, then k's for each KV head
+        parts["qk_norm"] = [Part(torch.cat([p.weight[:c.D].expand(c.H, -1), p.weight[c.D:].expand(c.K, -1)]))
+                            for p in parts["qk_norm"]]
+    return parts
+
+
+def expand(pattern: str) -> list[str]:
+    """"a.{q,k}_proj" -> ["a.q_proj", "a.k_proj"]."""
+    before, brace, rest = pattern.partition("{")
+    inside, _, after = rest.partition("}")
+    return [before + choice + after for choice in inside.split(",")] if brace else [pattern]
+
+
+# ---------------------------------------------------------------------------------------------
+# The forward pass
+
+class Model:
+    """GPT-2 or Llama over a ragged batch. `weights` as `load_weights` gives them."""
+
+    def __init__(self, config: Config, weights: dict[str, list[Part]], attention: str):
+        self.config, self.weights = config, weights
+        self.attention, self.write_kv = ATTENTION[attention], WRITE_KV[attention]
+        self.device = weights["embedding"][0].weight.device
+        if config.rope:
+            self.frequencies = rope_frequencies(config.rope, config.D).to(self.device)
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch, pool) -> Tensor:
+        """Run the batch's T tokens, leave their K and V in the pool; logits float32 [len(batch.logit_rows), V]."""
+        c, w, llama = self.config, self.weights, self.config.family == "llama"
+        H, K, D = c.H, c.K, c.D
+        x_TE = w["embedding"][0].weight[batch.tokens_T]
+        if llama:
+            angles_T1D = (batch.positions_T[:, None].float() * self.frequencies)[:, None]
+            cos_T1D, sin_T1D = angles_T1D.cos(), angles_T1D.sin()      # [T, 1, D / 2]
+        else:
+            x_TE = x_TE + w["position"][0].weight[batch.positions_T]
+
+        for l in range(c.L):
+            qkv = linear(norm(x_TE, w["attn_norm"][l], c.eps), w["qkv"][l]).unflatten(-1, (H + 2 * K, D))
+            qk, v_TKD = qkv.split([H + K, K], 1)
+            if c.qk_norm:
+                qk = F.rms_norm(qk, (D,), eps=c.eps) * w["qk_norm"][l].weight
+            if llama:
+                qk = rotate(qk, cos_T1D, sin_T1D)
+            q_THD, k_TKD = qk.split([H, K], 1)
+            self.write_kv(k_TKD, v_TKD, pool.k_LKNSD[l], pool.v_LKNSD[l], batch.slots_T)
+            o_THD = self.attention(q_THD, pool.k_LKNSD[l], pool.v_LKNSD[l], batch, c.scales[l], c.windows[l])
+            x_TE = x_TE + linear(o_THD.flatten(1), w["out"][l])
+
+            h = linear(norm(x_TE, w["mlp_norm"][l], c.eps), w["up"][l])
+            if llama:
+                gate, up = h.chunk(2, -1)
+                h = ACTIVATIONS[c.activation](gate) * up
+            else:
+                h = ACTIVATIONS[c.activation](h)
+            x_TE = x_TE + linear(h, w["down"][l])
+
+        x_BE = norm(x_TE[batch.logit_rows], w["final_norm"][0], c.eps)
+        return linear(x_BE, w["head"][0]).float()
+
+
+def linear(x: Tensor, part: Part) -> Tensor:
+    return F.linear(x, part.weight, part.bias)
+
+
+def norm(x_TE: Tensor, part: Part, eps: float) -> Tensor:
+    """LayerNorm where there is a bias, RMSNorm (Zhang and Sennrich 2019) where there is none."""
+    if part.bias is None:
+        return F.rms_norm(x_TE, part.weight.shape, part.weight, eps)
+    return F.layer_norm(x_TE, part.weight.shape, part.weight, part.bias, eps)
+
+
+def rotate(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
+    """RoPE: turn the pair (x[i], x[i + D/2]) of every head by its position times the pair's frequency."""
+    a, b = x_THD.float().chunk(2, -1)
+    return torch.cat([a * cos_T1D - b * sin_T1D, b * cos_T1D + a * sin_T1D], -1).to(x_THD.dtype)
+
+
+# ---------------------------------------------------------------------------------------------
+# The tokenizer
+
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPECIAL = ["begin_of_text", "end_of_text", *(f"reserved_special_token_{i}" for i in range(4)),
+                  "start_header_id", "end_header_id", "reserved_special_token_4", "eot_id",
+                  *(f"reserved_special_token_{i}" for i in range(5, 251))]
+
+
+class NeedsTokenizers(Exception):
+    """The file asks for something other than byte-level BPE; the message names it."""
+
+
+def load_tokenizer(folder: Path):
+    """The folder's tokenizer, or None if it has none: such a checkpoint serves token ids only."""
+    file, model = folder / "tokenizer.json", folder / "tokenizer.model"
+    try:
+        if file.is_file():
+            return Tokenizer.from_json(read_json(file))
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return Tokenizer.from_gpt2(folder)
+        if model.is_file():
+            return Tokenizer.from_llama3(model)
+        return None
+    except NeedsTokenizers as reason:
+        if not file.is_file():
+            raise ValueError(f"{model} is {reason}: put the tokenizer.json of the same checkpoint beside it "
+                             "and pip install tokenizers") from None
+        try:
+            return ForeignTokenizer(file)
+        except ImportError:
+            raise ValueError(f"{file} uses {reason}, which takes the tokenizers package: pip install tokenizers") from None
+    except (LookupError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"the tokenizer files in {folder} are damaged ({error!r}): fetch them again") from None
+
+
+class Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019): split text into words, merge each word's bytes.
+
+    tiktoken does the merging. It merges the pair whose union has the lowest rank, where a merge list
+    names pairs: for trained lists the two agree, because a token is only ever reached by one pair.
+    Its ranks are the order of merges; `ids` turns them into the checkpoint's own token ids.
+    """
+
+    def __init__(self, words: dict[bytes, int | None], splits: list[str], added: list[dict], tokens: dict[int, bytes],
+                 before: list[int] = [], after: list[int] = [], normal_form: str | None = None, prefix_space: bool = False):
+        import regex
+        import tiktoken
+        self.ids = list(words.values())   # None: the checkpoint has no token for this byte
+        *self.splits, last = [rf"(?:{split})|(?:(?!{split})[\s\S])+" for split in splits] or [r"[\s\S]+"]
+        self.splits = [regex.compile(split) for split in self.splits]
+        self.merge = tiktoken.Encoding("checkpoint", pat_str=last, special_tokens={},
+                                       mergeable_ranks={word: rank for rank, word in enumerate(words)})
+        self.tokens = tokens | {a["id"]: a["content"].encode() for a in added}
+        self.added = {a["content"]: a["id"] for a in added}
+        self.special = {a["id"] for a in added if a.get("special")}
+        self.before, self.after, self.normal_form, self.prefix_space = before, after, normal_form, prefix_space
+        self.finders = {special: self._finder(regex, [a for a in added if special or not a.get("special")])
+                        for special in (False, True)}
+
+    @staticmethod
+    def _finder(regex, added: list[dict]):
+        """A pattern that cuts added tokens out of a text, the longest first, or None if there are none."""
+        def one(a):
+            pattern = f"({regex.escape(a['content'])})"
+            if a.get("single_word"):
+                pattern = rf"(?<!\w){pattern}(?!\w)"
+            return (r"\s*" if a.get("lstrip") else "") + pattern + (r"\s*" if a.get("rstrip") else "")
+        ordered = sorted(added, key=lambda a: -len(a["content"]))
+        return regex.compile("|".join(map(one, ordered))) if added else None
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids, with BOS where the checkpoint asks for it. `special`: read "<|...|>" as control tokens."""
+        ids, at, finder = list(self.before), 0, self.finders[special]
+        for match in finder.finditer(text) if finder else ():
+            ids += self._encode_words(text[at:match.start()])
+            ids.append(self.added[match[match.lastindex]])
+            at = match.end()
+        return ids + self._encode_words(text[at:]) + self.after
+
+    def _encode_words(self, text: str) -> list[int]:
+        if not text:
+            return []
+        if self.normal_form:
+            text = unicodedata.normalize(self.normal_form, text)
+        pieces = [" " + text if self.prefix_space and text[0] != " " else text]
+        for split in self.splits:
+            pieces = [match[0] for piece in pieces for match in split.finditer(piece)]
+        ranks = [rank for piece in pieces for rank in self.merge.encode_ordinary(piece)]
+        return [self.ids[rank] for rank in ranks if self.ids[rank] is not None]
+
+    def decode(self, ids: list[int], skip_special: bool = False) -> str:
+        """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
+        skip = self.special if skip_special else ()
+        return b"".join(self.tokens.get(i, b"") for i in ids if i not in skip).decode("utf-8", "replace")
+
+    def decoder(self):
+        """A function from a token, and whether it is the last, to the characters that it completes."""
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        return lambda i, last: utf8.decode(b"" if i in self.special else self.tokens.get(i, b""), last)
+
+    # --- from the three kinds of files
+
+    @classmethod
+    def from_vocabulary(cls, vocab: dict[str, int], merges: list, splits: list[str], added: list[dict],
+                        unknown: int | None = None, ignore_merges: bool = False, **more):
+        """From GPT-2's spelling, in which a byte is a printable character and a merge is a pair of tokens."""
+        characters = byte_characters()
+        words = {bytes([b]): vocab.get(characters[b], unknown) for b in range(256)}
+        for pair in merges:
+            token = "".join(pair.split(" ") if isinstance(pair, str) else pair)
+            words.setdefault(to_bytes(token), vocab[token])
+        if ignore_merges:   # a word that is a token is that token, merges or not
+            for token, i in vocab.items():
+                words.setdefault(to_bytes(token), i)
+        return cls(words, splits, added, {i: to_bytes(token) for token, i in vocab.items()}, **more)
+
+    @classmethod
+    def from_json(cls, raw: dict):
+        """From tokenizer.json, the `tokenizers` package's own format."""
+        model, added = raw["model"], raw.get("added_tokens") or []
+        if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
+            raise NeedsTokenizers("a SentencePiece-style model" if model.get("byte_fallback") else f"a {model['type']} model")
+        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(option):
+                raise NeedsTokenizers(f"the BPE option {option}")
+        normal_form = None
+        for step in steps(raw.get("normalizer"), "normalizers"):
+            if step["type"] not in ("NFC", "NFD", "NFKC", "NFKD") or normal_form:
+                raise NeedsTokenizers(f"a {step['type']} normalizer")
+            normal_form = step["type"]
+
+        splits, byte_level = [], {}
+        for step in steps(raw.get("pre_tokenizer"), "pretokenizers"):
+            if byte_level:
+                raise NeedsTokenizers(f"a {step['type']} pre-tokenizer after ByteLevel")
+            if step["type"] == "ByteLevel":
+                byte_level = step
+                splits += [GPT2_SPLIT] if step.get("use_regex", True) else []
+            elif step["type"] == "Digits":
+                splits.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
+            elif step["type"] == "Split" and step["behavior"] == "Isolated":
+                pattern = step["pattern"]
+                splits.append(pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"]))
+            else:
+                raise NeedsTokenizers(f"a {step['type']} pre-tokenizer")
+        if not byte_level:
+            raise NeedsTokenizers("a BPE model that is not byte-level")
+
+        before, after = [], []
+        for step in steps(raw.get("post_processor"), "processors"):
+            if step["type"] == "TemplateProcessing":
+                side = before
+                for item in step["single"]:
+                    if "Sequence" in item:
+                        side = after
+                    else:
+                        side += step["special_tokens"][item["SpecialToken"]["id"]]["ids"]
+            elif step["type"] != "ByteLevel":
+                raise NeedsTokenizers(f"a {step['type']} post-processor")
+        unknown = model["vocab"].get(model.get("unk_token"))
+        return cls.from_vocabulary(model["vocab"], model["merges"], splits, added, unknown, model.get("ignore_merges", False),
+                                   before=before, after=after, normal_form=normal_form,
+                                   prefix_space=byte_level.get("add_prefix_space", True))
+
+    @classmethod
+    def from_gpt2(cls, folder: Path):
+        """From vocab.json and merges.txt, with what tokenizer_config.json adds, if it is there."""
+        vocab = read_json(folder / "vocab.json")
+        lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+        merges = [line for line in lines if line and not line.startswith("#version")]
+        options = Fields(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else None
+        get = options.get if options else lambda key, default=None: default
+        added = [{"id": int(i), **a} for i, a in get("added_tokens_decoder", {}).items()]
+        if not added and "<|endoftext|>" in vocab:
+            added = [{"id": vocab["<|endoftext|>"], "content": "<|endoftext|>", "special": True}]
+        bos = get("bos_token", "<|endoftext|>")
+        bos = vocab.get(bos["content"] if isinstance(bos, dict) else bos)
+        return cls.from_vocabulary(vocab, merges, [GPT2_SPLIT], added, vocab.get("<|endoftext|>"),
+                                   before=[bos] if get("add_bos_token") and bos is not None else [],
+                                   prefix_space=get("add_prefix_space", False))
+
+    @classmethod
+    def from_llama3(cls, path: Path):
+        """From Llama 3's own tokenizer.model: a line per token, its bytes in base64 and its rank, which is its id."""
+        try:
+            pairs = [line.split() for line in path.read_text("ascii").splitlines() if line]
+            words = {base64.b64decode(word, validate=True): int(rank) for word, rank in pairs}
+        except ValueError:
+            raise NeedsTokenizers("a SentencePiece model") from None
+        words = dict(sorted(words.items(), key=lambda item: item[1]))
+        added = [{"id": len(words) + i, "content": f"<|{name}|>", "special": True} for i, name in enumerate(LLAMA3_SPECIAL)]
+        return cls(words, [LLAMA3_SPLIT], added, {i: word for word, i in words.items()}, before=[len(words)])
+
+
+class ForeignTokenizer:
+    """Whatever else a tokenizer.json may hold (SentencePiece-style BPE, Unigram), by the `tokenizers` package."""
+
+    def __init__(self, path: Path):
+        from tokenizers import Tokenizer as Inner
+        self.inner = Inner.from_file(str(path))
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        self.inner.encode_special_tokens = not special
+        return self.inner.encode(text).ids
+
+    def decode(self, ids: list[int], skip_special: bool = False) -> str:
+        return self.inner.decode(ids, skip_special_tokens=skip_special)
+
+    def decoder(self):
+        from tokenizers.decoders import DecodeStream
+        stream = DecodeStream(skip_special_tokens=True)
+        return lambda i, last: stream.step(self.inner, i) or ""
+
+
+def steps(section: dict | None, plural: str) -> list[dict]:
+    """The steps of a section of tokenizer.json, which is nothing, one step or a (nested) Sequence of them."""
+    if not section:
+        return []
+    return [s for part in section[plural] for s in steps(part, plural)] if section["type"] == "Sequence" else [section]
+
+
+@cache
+def byte_characters() -> str:
+    """GPT-2's alphabet: the printable character that stands for each byte, its own where it has one."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [b for b in range(256) if b not in printable]
+    return "".join(chr(b if b in printable else 256 + others.index(b)) for b in range(256))
+
+
+@cache
+def byte_table() -> dict[int, int]:
+    return {ord(character): b for b, character in enumerate(byte_characters())}
+
+
+def to_bytes(token: str) -> bytes:
+    try:
+        return token.translate(byte_table()).encode("latin-1")
+    except UnicodeEncodeError:   # not in the alphabet: a token added as plain text
+        return token.encode()

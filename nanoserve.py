@@ -1,0 +1,547 @@
+"""A server is a loop that decides who runs next.
+
+    python nanoserve.py --prompt "The cat sat"
+
+Requests wait, run and finish. Every turn of the loop (`LLM.step`) the scheduler fills one budget of
+tokens: first the next token of everyone who is decoding, then pieces of the prompts of those who are
+not there yet. The model runs them all as one ragged batch; prefill and decode are the same step, a
+prefill brings many tokens of a request and a decode brings one. Requests join and leave at any turn:
+that is continuous batching (Orca, Yu et al. 2022), and cutting prompts to fit the budget is chunked
+prefill (Sarathi, Agrawal et al. 2023).
+
+    text -> token ids -> Request -> Scheduler.schedule -> Batch -> Model -> sample -> text
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import Chunk, make_batch
+from model import DTYPES, Model, load_tokenizer, load_weights, read_config
+from paged_kv import BlockTable, KVPool
+
+
+# ---------------------------------------------------------------------------------------------
+# Requests
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. Raises ValueError for values that make no sense."""
+    max_tokens: int = 32           # at most so many new tokens
+    temperature: float = 0.0       # logits are divided by it; 0 takes the most likely token
+    top_k: int = 0                 # sample from the k most likely tokens; 0: from all
+    top_p: float = 1.0             # sample from the fewest most likely tokens that add up to p (Holtzman et al. 2019)
+    seed: int | None = None        # the same seed gives the same text, whatever else runs; None: by chance
+    stop: str | tuple[str, ...] = ()   # end the text before any of these strings
+    ignore_eos: bool = False       # go on to max_tokens
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if not is_int(self.max_tokens) or self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}: it must be a whole number, 1 or more")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}: it must be 0 (greedy) or more")
+        if not is_int(self.top_k) or self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}: it must be a whole number, 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+        if self.seed is not None and not is_int(self.seed):
+            raise ValueError(f"seed is {self.seed!r}: it must be a whole number or None")
+        if not all(isinstance(s, str) and s for s in self.stop):
+            raise ValueError("a stop string is empty or not a string: leave it out or give it a character")
+
+
+def is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass
+class Output:
+    """What has become of a request so far. It goes on growing until finish_reason is set."""
+    id: int
+    prompt_tokens: int = 0
+    text: str = ""                     # complete characters only; without the stop string and the end-of-text token
+    token_ids: list[int] = field(default_factory=list)   # all new tokens, the end-of-text token included
+    finish_reason: str | None = None   # "stop" | "length"; "error" if the request was refused; "abort"
+    error: str | None = None           # then: why
+    ttft: float = 0.0                  # time to first token, seconds from `add`
+    tps: float = 0.0                   # tokens per second after the first
+    blocks: int = 0                    # KV blocks held at the end
+    reused_tokens: int = 0             # prompt tokens whose K and V were found in the prefix cache
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt on its way to becoming a text: its tokens, and how many of them have K and V in the pool."""
+    tokens: list[int]              # the prompt, then every sampled token
+    params: SamplingParams
+    limit: int                     # it ends with so many tokens in all
+    output: Output
+    random: random.Random          # one number per sampled token, so neighbours cannot disturb it
+    decode: object                 # token -> the characters it completes, or None without a tokenizer
+    arrived: float
+    table: BlockTable = field(default_factory=BlockTable)
+    computed: int = 0
+    unshown: str = ""              # text that may yet turn out to be the beginning of a stop string
+    first_token: float = 0.0
+
+    @property
+    def pending(self) -> int:
+        """Tokens to run before the next one can be sampled: 1 in decode, more in prefill."""
+        return len(self.tokens) - self.computed
+
+    def append(self, token: int, eos: list[int]):
+        """Take a sampled token: time it, turn it into text, and decide whether this was the last."""
+        now, out, params = time.perf_counter(), self.output, self.params
+        self.tokens.append(token)
+        out.token_ids.append(token)
+        if len(out.token_ids) == 1:
+            self.first_token, out.ttft = now, now - self.arrived
+        else:
+            out.tps = (len(out.token_ids) - 1) / (now - self.first_token)
+        if token in eos and not params.ignore_eos:
+            out.finish_reason = "stop"
+        elif len(self.tokens) >= self.limit:
+            out.finish_reason = "length"
+        if self.decode:
+            self._show(self.decode(token, out.finish_reason is not None) if out.finish_reason != "stop" else "")
+
+    def _show(self, piece: str):
+        """Release text up to a stop string, or up to what may be the beginning of one."""
+        text, out, stops = self.unshown + piece, self.output, self.params.stop
+        ends = [text.find(stop) for stop in stops if stop in text]
+        if ends:
+            text, out.finish_reason = text[:min(ends)], "stop"
+        held = 0 if out.finish_reason else max(
+            (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        out.text += text[:len(text) - held]
+        self.unshown = text[len(text) - held:]
+
+
+# ---------------------------------------------------------------------------------------------
+# Who runs next
+
+class Scheduler:
+    """First come, first served, under one token budget per step.
+
+    `running` and `waiting` are both in order of arrival, and everyone running came before everyone
+    waiting. A request is admitted when there are blocks for all of its tokens; it then needs one more
+    block every S tokens, and when none is left the youngest gives its blocks back and waits again at
+    the front. Nothing is lost: its tokens are run again as if they were a prompt.
+    """
+
+    def __init__(self, pool: KVPool, max_batched_tokens: int, max_seqs: int):
+        self.pool, self.max_batched_tokens = pool, max_batched_tokens
+        self.max_seqs = min(max_seqs, max_batched_tokens)   # so that a step has a token for everyone who decodes
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+
+    def schedule(self) -> list[tuple[Request, int]]:
+        """Who runs in this step, and how many of their tokens; decodes first."""
+        plan, budget = [], self.max_batched_tokens
+        # 1. The next token of everyone who is decoding, the oldest first.
+        for request in list(self.running):
+            if request.pending == 1 and request in self.running and self._grow(request):
+                plan.append((request, 1))
+                budget -= 1
+        # 2. The prompts that are under way.
+        for request in self.running:
+            if request.pending > 1 and budget:
+                plan.append((request, min(request.pending, budget)))
+                budget -= plan[-1][1]
+        # 3. Newcomers, as long as all of their tokens have room and everyone running can still grow by a block.
+        while self.waiting and budget and len(self.running) < self.max_seqs:
+            request = self.waiting[0]
+            request.computed = self.pool.match(request.table, request.tokens)
+            need = self.pool.blocks_for(len(request.tokens)) - len(request.table.blocks)
+            if self.running and need + len(self.running) > self.pool.available:
+                self.release(request)
+                break
+            assert self.pool.grow(request.table, len(request.tokens)), "a lone request always fits"
+            request.output.reused_tokens = max(request.output.reused_tokens, request.computed)
+            self.running.append(self.waiting.popleft())
+            plan.append((request, min(request.pending, budget)))
+            budget -= plan[-1][1]
+        return sorted(plan, key=lambda entry: entry[1] > 1)
+
+    def _grow(self, request: Request) -> bool:
+        """A slot for the request's next token, if need be by preempting the youngest, which may be itself."""
+        while not self.pool.grow(request.table, len(request.tokens)):
+            youngest = self.running.pop()
+            self.release(youngest)
+            self.waiting.appendleft(youngest)
+            if youngest is request:
+                return False
+        return True
+
+    def release(self, request: Request):
+        """Give the request's blocks back; what it computed may be found again in the prefix cache."""
+        self.pool.release(request.table)
+        request.computed = 0
+
+    def remove(self, request: Request):
+        """Forget a request that has finished or was aborted."""
+        (self.running if request in self.running else self.waiting).remove(request)
+        request.output.blocks = len(request.table.blocks)
+        self.release(request)
+
+
+# ---------------------------------------------------------------------------------------------
+# Choosing a token
+
+def sample(logits_BV: Tensor, params: list[SamplingParams], uniforms: list[float]) -> list[int]:
+    """One token per row: the most likely at temperature 0, else drawn by the row's uniform number in [0, 1).
+
+    Tokens are put in order of probability, cut after the k-th and where their sum reaches p, and the
+    uniform number, scaled to what is left, falls into one of them.
+    """
+    best = logits_BV.argmax(-1)
+    if not any(p.temperature for p in params):
+        return best.tolist()
+
+    def column(values):
+        return torch.tensor(values, dtype=torch.float32, device=logits_BV.device)[:, None]
+
+    V = logits_BV.shape[1]
+    logits, order = (logits_BV / column([p.temperature or 1 for p in params])).sort(-1, descending=True, stable=True)
+    rank = torch.arange(V, device=logits.device)
+    logits = logits.masked_fill(rank >= column([p.top_k or V for p in params]), -torch.inf)
+    probabilities = logits.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill((before >= column([p.top_p for p in params])) & (rank > 0), 0)
+    cumulative = probabilities.cumsum(-1)
+    chosen = (cumulative <= column(uniforms) * cumulative[:, -1:]).sum(-1, keepdim=True)
+    chosen = chosen.minimum((probabilities > 0).sum(-1, keepdim=True) - 1)   # rounding must not pass the last one
+    drawn = order.gather(1, chosen)[:, 0]
+    return torch.where(column([p.temperature for p in params])[:, 0] > 0, drawn, best).tolist()
+
+
+# ---------------------------------------------------------------------------------------------
+# The engine
+
+class LLM:
+    """A model, its KV pool and the loop.
+
+    model: a checkpoint folder. device: "auto" takes a GPU if there is one. dtype: "auto" is the
+    checkpoint's own on a GPU and float32 on a CPU. attention: "auto" is "triton" on a GPU and "torch"
+    elsewhere; "triton" on a CPU runs the same kernels in Triton's interpreter, slowly. block_size:
+    tokens per KV block; num_blocks: blocks in the pool; max_batched_tokens: tokens per step; None is
+    what suits the device. max_seqs: requests that may run at once. prefix_cache: whether to look for
+    prompts' beginnings among blocks computed before.
+    Raises ValueError, in one sentence, for what does not exist or does not fit.
+    """
+
+    def __init__(self, model: str | Path, device: str = "auto", dtype: str = "auto", attention: str = "auto",
+                 block_size: int | None = None, num_blocks: int | None = None, max_batched_tokens: int | None = None,
+                 max_seqs: int = 64, prefix_cache: bool = True):
+        folder = Path(model)
+        self.config = c = read_config(folder)
+        self.device = find_device(device)
+        gpu = self.device.type == "cuda"
+        name = str(dtype).removeprefix("torch.")
+        name = (c.dtype if gpu else "float32") if name == "auto" else name
+        if name not in DTYPES:
+            raise ValueError(f"dtype {name!r} is not supported: use auto, {', '.join(DTYPES)}")
+        if attention == "auto":
+            attention = "triton" if gpu and kernels.triton else "torch"
+        block_size = (64 if gpu else 16) if block_size is None else block_size
+        max_batched_tokens = (4096 if gpu else 512) if max_batched_tokens is None else max_batched_tokens
+        for what, value in (("block_size", block_size), ("num_blocks", num_blocks),
+                            ("max_batched_tokens", max_batched_tokens), ("max_seqs", max_seqs)):
+            if value is not None and (not is_int(value) or value < 1):
+                raise ValueError(f"{what} is {value}: it must be a whole number, 1 or more")
+        kernels.check(attention, self.device, DTYPES[name], c.H, c.K, c.D, block_size)
+
+        self.tokenizer = load_tokenizer(folder)
+        self.folder = folder
+        self.model = Model(c, load_weights(folder, c, self.device, DTYPES[name]), attention)
+        self.pool = self._make_pool(block_size, num_blocks, max_seqs, DTYPES[name], prefix_cache)
+        self.scheduler = Scheduler(self.pool, max_batched_tokens, max_seqs)
+        self.requests: dict[int, Request] = {}
+        self.next_id = 0
+
+    def _make_pool(self, block_size, num_blocks, max_seqs, dtype, prefix_cache) -> KVPool:
+        """The pool: room for max_seqs full contexts, but at most 90% of a GPU's free memory or a quarter of RAM."""
+        c = self.config
+        block_bytes = 2 * c.L * c.K * block_size * c.D * dtype.itemsize
+        if self.device.type == "cuda":
+            memory = int(torch.cuda.mem_get_info(self.device)[0] * 0.9)
+        else:
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if num_blocks is None:
+            most = memory if self.device.type == "cuda" else memory // 4
+            num_blocks = max(1, min(-(-c.context // block_size) * max_seqs, most // block_bytes))
+        if num_blocks * block_bytes > memory:
+            raise ValueError(f"{num_blocks} blocks of {block_size} tokens need {num_blocks * block_bytes / 1e9:.1f} GB, and "
+                             f"{self.device} has {memory / 1e9:.1f} GB: at most {memory // block_bytes} blocks fit")
+        return KVPool(c.L, c.K, c.D, num_blocks, block_size, dtype, self.device, prefix_cache)
+
+    # --- the loop, one turn at a time
+
+    def add(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> int:
+        """Queue a prompt, text or token ids; returns the request's id. Raises ValueError if it can never run."""
+        tokens = self._tokens(prompt)
+        room = min(self.config.context, self.pool.num_blocks * self.pool.block_size)
+        if len(tokens) >= room:
+            what = "the model's context" if room == self.config.context else "the KV pool (raise num_blocks)"
+            raise ValueError(f"the prompt has {len(tokens)} tokens and {what} holds {room}, "
+                             f"with at least one for the answer: shorten it to {room - 1}")
+        out = Output(self.next_id, prompt_tokens=len(tokens))
+        self.next_id += 1
+        self.requests[out.id] = request = Request(
+            tokens, params, min(room, len(tokens) + params.max_tokens), out, random.Random(params.seed),
+            self.tokenizer.decoder() if self.tokenizer else None, time.perf_counter())
+        self.scheduler.waiting.append(request)
+        return out.id
+
+    def _tokens(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(f"{self.folder} has no tokenizer (tokenizer.json, vocab.json with merges.txt, or "
+                                 "tokenizer.model): add one, or give token ids")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:
+                raise ValueError("the prompt is not valid UTF-8: re-encode it as UTF-8") from None
+            if not prompt:
+                raise ValueError("the prompt is empty: give at least one character")
+            prompt = self.tokenizer.encode(prompt)
+        tokens = list(prompt)
+        if not tokens:
+            raise ValueError("the prompt is empty: give at least one token")
+        for token in tokens:
+            if not is_int(token) or not 0 <= token < self.config.V:
+                raise ValueError(f"token id {token!r} is outside the vocabulary of {self.config.V}: "
+                                 f"use ids from 0 to {self.config.V - 1}")
+        return tokens
+
+    def step(self) -> list[Output]:
+        """One turn of the loop: schedule, run, sample. Returns the outputs that grew, some of them finished."""
+        plan = self.scheduler.schedule()
+        if not plan:
+            return []
+        # Only who has no tokens left to compute gets a new one: not a prompt that is still in pieces.
+        ready = [request for request, n in plan if n == request.pending]
+        logits_BV = self._run([Chunk(r.tokens[r.computed:r.computed + n], r.computed, r.table.blocks, int(n == r.pending))
+                               for r, n in plan])
+        for request, n in plan:
+            request.computed += n
+            self.pool.commit(request.table, request.tokens, request.computed)
+        if not ready:
+            return []
+        uniforms = [r.random.random() if r.params.temperature else 0.0 for r in ready]
+        for request, token in zip(ready, sample(logits_BV, [r.params for r in ready], uniforms)):
+            request.append(token, self.config.eos)
+            if request.output.finish_reason:
+                self._drop(request)
+        return [request.output for request in ready]
+
+    def _run(self, chunks: list[Chunk]) -> Tensor:
+        return self.model(make_batch(chunks, self.pool.block_size, self.device), self.pool)
+
+    def abort(self, request_id: int):
+        """End a request now and give its blocks back; what it has produced stays in its output."""
+        if request := self.requests.get(request_id):
+            request.output.finish_reason = "abort"
+            self._drop(request)
+
+    def _drop(self, request: Request):
+        self.scheduler.remove(request)
+        del self.requests[request.output.id]
+
+    # --- whole prompts
+
+    def generate(self, prompts: str | list, params: SamplingParams | list[SamplingParams] = SamplingParams()) -> list[Output]:
+        """Run prompts (texts or lists of token ids) as one batch; outputs in their order.
+
+        A prompt that cannot run ends with finish_reason "error" and the reason in `error`; the others
+        are not affected.
+        """
+        outputs = self.start(prompts, params)
+        try:
+            while any(out.finish_reason is None for out in outputs):
+                self.step()
+        finally:   # interrupted: leave nothing behind
+            for out in outputs:
+                self.abort(out.id)
+        return outputs
+
+    def start(self, prompts: str | list, params: SamplingParams | list[SamplingParams]) -> list[Output]:
+        """`add` every prompt; one that is refused gets an output that has already ended, with its error."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(params) != len(prompts):
+            raise ValueError(f"there are {len(prompts)} prompts and {len(params)} sampling parameters: "
+                             "give one for all or one for each")
+        outputs = []
+        for prompt, p in zip(prompts, params):
+            try:
+                outputs.append(self.requests[self.add(prompt, p)].output)
+            except ValueError as error:
+                outputs.append(Output(-1, finish_reason="error", error=str(error)))
+        return outputs
+
+    def stream(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> Iterator[str]:
+        """The text of one prompt, piece by piece as it appears. Raises ValueError if the prompt cannot run."""
+        out, shown = self.requests[self.add(prompt, params)].output, 0
+        try:
+            while out.finish_reason is None:
+                self.step()
+                if len(out.text) > shown:
+                    yield out.text[shown:]
+                    shown = len(out.text)
+        finally:
+            self.abort(out.id)
+
+    def logits(self, prompt: str | list[int]) -> Tensor:
+        """float32 [T, V]: what the model predicts after each of the prompt's tokens, through the same paged path."""
+        tokens, table, rows = self._tokens(prompt), BlockTable(), []
+        if len(tokens) > self.config.context or not self.pool.grow(table, len(tokens)):
+            raise ValueError(f"the prompt has {len(tokens)} tokens: the context holds {self.config.context}, "
+                             f"and the KV pool has room for {self.pool.available * self.pool.block_size} now")
+        try:
+            for start in range(0, len(tokens), self.scheduler.max_batched_tokens):
+                chunk = tokens[start:start + self.scheduler.max_batched_tokens]
+                rows.append(self._run([Chunk(chunk, start, table.blocks, len(chunk))]))
+        finally:
+            self.pool.release(table)
+        return torch.cat(rows)
+
+
+def find_device(name: str) -> torch.device:
+    """The device by name. Raises ValueError if it does not exist here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} GPUs "
+                         "that PyTorch can use; try --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' is not there: this machine has no Apple GPU that PyTorch can use; try --device cpu")
+    return device
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="nanoserve.py", description="Continue a text with a GPT-2 or Llama checkpoint. Several prompts run as one "
+        "batch. The text goes to standard output, everything else to standard error.")
+    parser.error = lambda message: parser.exit(2, f"nanoserve.py: {message}; see --help\n")
+    add = parser.add_argument_group("prompts").add_argument
+    add("--prompt", action="append", default=[], metavar="TEXT", help='text to continue; repeatable; "-" reads standard input')
+    add("--prompts-file", metavar="FILE", help="a prompt per line (UTF-8); empty lines are skipped")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default=Path(__file__).parent / "demo/llama", metavar="DIR",
+        help="folder with config.json, model.safetensors and the tokenizer's files (default: demo/llama)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: a GPU if there is one)")
+    add("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: the checkpoint's on a GPU, float32 on a CPU)")
+    add("--attention", default="auto", help="auto, torch, triton or naive (default: triton on a GPU, torch elsewhere)")
+    add = parser.add_argument_group("choosing tokens").add_argument
+    add("--max-tokens", type=int, default=512, metavar="N", help="at most N new tokens per prompt (default: 512)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0: the most likely token; higher: more surprise (default: 0)")
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens (default: all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the fewest tokens that add up to P (default: 1)")
+    add("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    add("--ignore-eos", action="store_true", help="go on to --max-tokens even if the model ends its text")
+    add = parser.add_argument_group("engine").add_argument
+    add("--block-size", type=int, metavar="N", help="tokens per KV block (default: 64 on a GPU, 16 elsewhere)")
+    add("--num-blocks", type=int, metavar="N", help="KV blocks in the pool (default: what --max-seqs needs and memory allows)")
+    add("--max-batched-tokens", type=int, metavar="N", help="token budget of a step (default: 4096 on a GPU, 512 elsewhere)")
+    add("--max-seqs", type=int, default=64, metavar="N", help="requests that may run at once (default: 64)")
+    add("--json", action="store_true", help="print one JSON object per prompt instead of its text")
+    return parser.parse_args(argv)
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of the command line; those read from elsewhere lose the newline that ends them."""
+    prompts = []
+    for prompt in args.prompt:
+        prompts.append(decode_utf8(sys.stdin.buffer.read(), "standard input").removesuffix("\n") if prompt == "-" else prompt)
+    if args.prompts_file:
+        lines = decode_utf8(Path(args.prompts_file).read_bytes(), args.prompts_file).splitlines()
+        prompts += [line for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError('there is no prompt: give --prompt "The cat sat", --prompt - or --prompts-file FILE')
+    return prompts
+
+
+def decode_utf8(data: bytes, source: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not valid UTF-8 at byte {error.start}: re-encode it as UTF-8") from None
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Run the prompts of the command line and print their texts in order, each as it appears."""
+    prompts = read_prompts(args)
+    params = SamplingParams(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, args.stop, args.ignore_eos)
+    llm = LLM(args.model, args.device, args.dtype, args.attention, args.block_size, args.num_blocks,
+              args.max_batched_tokens, args.max_seqs)
+    outputs = llm.start(prompts, params)
+    for prompt, out in zip(prompts, outputs):
+        shown, echo = 0, prompt if sys.stdout.isatty() and not args.json and not out.error else ""
+        print(echo, end="", file=sys.stderr, flush=True)   # a terminal shows the whole text, a pipe gets only what is new
+        while True:
+            if not args.json and len(out.text) > shown:
+                print(out.text[shown:], end="", flush=True)
+                shown = len(out.text)
+            if out.finish_reason:
+                break
+            llm.step()
+        if args.json:
+            print(json.dumps({"prompt": prompt} | vars(out), ensure_ascii=False), flush=True)
+        elif not out.error:
+            print(flush=True)
+        if out.error:
+            print(f"nanoserve.py: prompt {prompts.index(prompt) + 1}: {out.error}", file=sys.stderr)
+        else:
+            print(f"prefill: {out.prompt_tokens} tokens, first token after {out.ttft * 1000:.0f} ms (TTFT) | "
+                  f"decode: {len(out.token_ids)} tokens at {out.tps:.0f} per second (TPS) | "
+                  f"KV: {out.blocks} blocks of {llm.pool.block_size} tokens", file=sys.stderr, flush=True)
+    return 2 if any(out.error for out in outputs) else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, 2 for bad input, 1 for a closed pipe, 130 after Ctrl-C."""
+    args = parse_arguments(argv)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    try:
+        return serve(args)
+    except KeyboardInterrupt:
+        print("\nnanoserve.py: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python complains again when it exits
+        print("nanoserve.py: standard output was closed before the text was complete: "
+              "keep the reader open, or ask for less with --max-tokens", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"nanoserve.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""KV memory is virtual memory.
+
+A request's keys and values grow by one token a step, and nobody knows how long they will get. So
+the memory is cut into blocks of S token slots, as an operating system cuts RAM into pages, and each
+request owns a block table: the list of the physical blocks that hold its tokens, in order
+(PagedAttention, Kwon et al. 2023).
+
+    tokens of a request     t0 t1 t2 t3 | t4 t5 t6 t7 | t8 t9          S = 4
+    its block table             7       |      2      |   5            token 9 -> block 5, slot 1
+    the pool                [ 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 | ... ]    N blocks
+
+Nothing is wasted but the tail of the last block, and nothing needs to be contiguous. A table is
+also what makes sharing possible: two requests with the same beginning can point at the same blocks.
+A full block is never written again, so it is indexed by the content of everything up to its end; a
+later request that starts with the same tokens finds it, even after its first owner has gone.
+
+Every block is in exactly one of three states: referenced (in the table of a living request), cached
+(in no table, but in the index: a hit away from being used again, or the next to be evicted), free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class BlockTable:
+    """One request's view of the pool: token t lives in block blocks[t // S], slot t % S."""
+    blocks: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)   # of its full blocks that are known to the index
+
+
+class KVPool:
+    """N blocks of S token slots for every layer and KV head, and who holds which.
+
+    k_LKNSD and v_LKNSD are the memory: layer, KV head, block, slot, head size. With heads outside
+    blocks, one block of one head is contiguous. The memory starts uninitialised: what no request has
+    written, no request reads.
+    """
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, num_blocks: int, block_size: int,
+                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", prefix_cache: bool = True):
+        shape = layers, kv_heads, num_blocks, block_size, head_dim
+        self.k_LKNSD = torch.empty(shape, dtype=dtype, device=device)
+        self.v_LKNSD = torch.empty(shape, dtype=dtype, device=device)
+        self.num_blocks, self.block_size, self.prefix_cache = num_blocks, block_size, prefix_cache
+        self.references = [0] * num_blocks                    # tables that hold each block
+        self.free = list(range(num_blocks - 1, -1, -1))       # a stack: block 0 is taken first
+        self.cached: OrderedDict[int, bytes] = OrderedDict()  # unreferenced but indexed, least recently used first
+        self.index: dict[bytes, int] = {}                     # digest of a whole prefix -> block with its last S tokens
+        self.digests: dict[int, bytes] = {}                   # the index, read the other way
+
+    @property
+    def available(self) -> int:
+        """Blocks that can be allocated now: free ones, and cached ones that would be evicted."""
+        return len(self.free) + len(self.cached)
+
+    @property
+    def num_referenced(self) -> int:
+        return self.num_blocks - self.available
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that so many tokens fill, the last one perhaps in part."""
+        return -(-num_tokens // self.block_size)
+
+    def match(self, table: BlockTable, tokens: list[int]) -> int:
+        """Fill an empty table with the cached blocks that hold the longest prefix of `tokens`.
+
+        Returns the number of tokens found, a multiple of S, always less than len(tokens), because
+        the last token must be computed for its logits. The blocks are now shared: read, never written.
+        """
+        for i in range((len(tokens) - 1) // self.block_size if self.prefix_cache else 0):
+            digest = self._digest(table, tokens, i)
+            block = self.index.get(digest)
+            if block is None:
+                break
+            self.cached.pop(block, None)
+            self.references[block] += 1
+            table.blocks.append(block)
+            table.digests.append(digest)
+        return len(table.blocks) * self.block_size
+
+    def grow(self, table: BlockTable, num_tokens: int) -> bool:
+        """Give the table blocks for so many tokens in all. False, and nothing changed, if too few are left."""
+        need = self.blocks_for(num_tokens) - len(table.blocks)
+        if need > self.available:
+            return False
+        table.blocks += [self._take() for _ in range(need)]
+        return True
+
+    def commit(self, table: BlockTable, tokens: list[int], num_computed: int):
+        """Make the table's full blocks findable, now that K and V of the first `num_computed` tokens are in."""
+        if not self.prefix_cache:
+            return
+        for i in range(len(table.digests), num_computed // self.block_size):
+            digest, block = self._digest(table, tokens, i), table.blocks[i]
+            table.digests.append(digest)
+            if digest not in self.index:   # another request may have computed the same: its block stays the one
+                self.index[digest], self.digests[block] = block, digest
+
+    def release(self, table: BlockTable):
+        """Give all of the table's blocks back; what the index knows stays cached until it is needed."""
+        for block in reversed(table.blocks):   # last first: a prefix is worth more than what follows it
+            self.references[block] -= 1
+            if self.references[block] == 0:
+                if block in self.digests:
+                    self.cached[block] = self.digests[block]
+                else:
+                    self.free.append(block)
+        table.blocks, table.digests = [], []
+
+    def _take(self) -> int:
+        """A block for one owner: a free one, else the least recently used cached one, which is forgotten."""
+        if self.free:
+            block = self.free.pop()
+        else:
+            block, digest = self.cached.popitem(last=False)
+            del self.index[digest], self.digests[block]
+        self.references[block] = 1
+        return block
+
+    def _digest(self, table: BlockTable, tokens: list[int], i: int) -> bytes:
+        """Name of everything up to the end of block i: its tokens chained to the digest before it."""
+        before = table.digests[i - 1] if i else b""
+        S = self.block_size
+        return hashlib.blake2b(before + array("q", tokens[i * S:(i + 1) * S]).tobytes(), digest_size=16).digest()
