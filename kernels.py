@@ -252,7 +252,7 @@ def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, tables_ptr, query_starts_ptr, 
                             tables_ptr + b * table_stride, past + token, start, stop, scale,
                             S, D, TILE, WINDOW)
     tl.store(out_ptr + (index_R * H * D + column_R)[:, None] + d[None, :],
-             (o_RD / l_R[:, None]).to(out_ptr.dtype.element_ty), mask=live_RD)
+             (o_RD / tl.where(l_R > 0, l_R, 1.0)[:, None]).to(out_ptr.dtype.element_ty), mask=live_RD)
 
 
 @jit
@@ -352,7 +352,7 @@ def _plan_splits(batch: Batch, K: int, window: int | None, device) -> tuple[int,
     request is cut into many splits, and a large batch of short ones is not cut at all.
     """
     if ("splits", window) not in batch.plans:
-        processors = 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
         keys = [min(length, window or length) for length in batch.lens[:batch.num_decodes]]
         split_len = TILE * max(1, -(-sum(keys) * K // (2 * processors * TILE)))
         batch.plans["splits", window] = split_len, -(-max(keys) // split_len)

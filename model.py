@@ -427,6 +427,7 @@ def rotate(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
 LLAMA3_SPECIAL = ["begin_of_text", "end_of_text", *(f"reserved_special_token_{i}" for i in range(4)),
                   "start_header_id", "end_header_id", "reserved_special_token_4", "eot_id",
                   *(f"reserved_special_token_{i}" for i in range(5, 251))]
@@ -601,8 +602,10 @@ class Tokenizer:
             added = [{"id": vocab["<|endoftext|>"], "content": "<|endoftext|>", "special": True}]
         bos = get("bos_token", "<|endoftext|>")
         bos = vocab.get(bos["content"] if isinstance(bos, dict) else bos)
-        return cls.from_vocabulary(vocab, merges, [GPT2_SPLIT], added, vocab.get("<|endoftext|>"),
+        qwen = get("tokenizer_class", "").startswith("Qwen2")   # the same files, another split
+        return cls.from_vocabulary(vocab, merges, [QWEN_SPLIT if qwen else GPT2_SPLIT], added,
                                    before=[bos] if get("add_bos_token") and bos is not None else [],
+                                   normal_form="NFC" if qwen else None,
                                    prefix_space=get("add_prefix_space", False))
 
     @classmethod

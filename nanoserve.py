@@ -216,7 +216,7 @@ def sample(logits_BV: Tensor, params: list[SamplingParams], uniforms: list[float
         return torch.tensor(values, dtype=torch.float32, device=logits_BV.device)[:, None]
 
     V = logits_BV.shape[1]
-    logits, order = (logits_BV / column([p.temperature or 1 for p in params])).sort(-1, descending=True, stable=True)
+    logits, order = (logits_BV / column([p.temperature or 1 for p in params])).sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(V, device=logits.device)
     logits = logits.masked_fill(rank >= column([p.top_k or V for p in params]), -torch.inf)
     probabilities = logits.softmax(-1)

@@ -1,0 +1,1184 @@
+"""How we know. Each test reads like the sentence that it proves, and compares with something computed another way.
+
+    python -m pytest            all of it; no GPU needed: the kernels run in Triton's interpreter
+    python -m pytest -k kernel  one part
+
+In the order of the files: kernels, pool, checkpoints, forward pass, tokenizers, engine, command line, demo.
+"""
+
+import base64
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import kernels
+import model
+import nanoserve
+from kernels import Chunk, make_batch
+from nanoserve import LLM, SamplingParams
+from paged_kv import BlockTable, KVPool
+
+HERE = Path(__file__).parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["naive", "torch"] + (["triton"] if kernels.triton else [])
+torch.set_num_threads(1)   # the tensors are tiny, and the other core may be running another test
+settings.register_profile("nanoserve", deadline=None, derandomize=True, print_blob=True,
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.load_profile("nanoserve")
+
+
+@pytest.fixture
+def poisoned():
+    """Every torch.empty is filled with NaN, so that an element that a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# ---------------------------------------------------------------------------------------------
+# Kernels
+
+def dense_attention(q, k, v, scale, window):
+    """One request, K and V in order, no pool: q [T, H, D], k and v [kv_len, K, D], numpy float64."""
+    out = np.zeros(q.shape)
+    past, group = len(k) - len(q), q.shape[1] // k.shape[1]
+    for t in range(len(q)):
+        first = 0 if window is None else max(0, past + t - window + 1)
+        for h in range(q.shape[1]):
+            score = k[first:past + t + 1, h // group] @ q[t, h] * scale
+            weight = np.exp(score - score.max())
+            out[t, h] = weight / weight.sum() @ v[first:past + t + 1, h // group]
+    return out
+
+
+def paged(requests, S, K, D, dtype, seed, logits=1):
+    """Requests of (query tokens, past) as numpy q, k, v each, and as a batch over a pool with shuffled blocks
+    in which every slot that no request owns is NaN."""
+    rng = np.random.default_rng(seed)
+    requests = sorted(requests, key=lambda r: r[0] > 1)
+    need = [-(-(n + past) // S) for n, past in requests]
+    shuffled = rng.permutation(sum(need) + 2).tolist()
+    pool_k = torch.full((K, len(shuffled), S, D), math.nan, dtype=dtype)
+    pool_v = pool_k.clone()
+    chunks, dense = [], []
+    for (n, past), blocks in zip(requests, need):
+        table = [shuffled.pop() for _ in range(blocks)]
+        k, v = (torch.from_numpy(rng.standard_normal((n + past, K, D))).to(dtype) for _ in "kv")
+        for t in range(n + past):
+            pool_k[:, table[t // S], t % S] = k[t]
+            pool_v[:, table[t // S], t % S] = v[t]
+        chunks.append(Chunk([0] * n, past, table, logits))
+        dense.append((k.double().numpy(), v.double().numpy()))
+    return chunks, dense, pool_k.to(DEVICE), pool_v.to(DEVICE)
+
+
+ragged = st.lists(st.tuples(st.one_of(st.just(1), st.integers(1, 70)), st.integers(0, 90)), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40)
+@given(requests=ragged, heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 2), (5, 1), (14, 2), (32, 1)]),
+       D=st.sampled_from([8, 16, 20, 64, 80]), S=st.sampled_from([1, 3, 8, 16, 32, 64]),
+       window=st.one_of(st.none(), st.integers(1, 80)), dtype=st.sampled_from([torch.float32, torch.float16]),
+       seed=st.integers(0, 999))
+def test_kernel_equals_dense_attention(poisoned, backend, requests, heads, D, S, window, dtype, seed):
+    (H, K), scale = heads, 1.5 * D ** -0.5
+    chunks, dense, pool_k, pool_v = paged(requests, S, K, D, dtype, seed)
+    batch = make_batch(chunks, S, DEVICE)
+    q = torch.from_numpy(np.random.default_rng(seed + 1).standard_normal((len(batch.tokens_T), H + 2, D))).to(dtype)
+    out = kernels.ATTENTION[backend](q.to(DEVICE)[:, :H], pool_k, pool_v, batch, scale, window).double().cpu().numpy()
+    start = 0
+    for chunk, (k, v) in zip(chunks, dense):
+        rows = slice(start, start := start + len(chunk.tokens))
+        expected = dense_attention(q[rows, :H].double().numpy(), k, v, scale, window)
+        tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+        np.testing.assert_allclose(out[rows], expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernel_holds_when_scores_differ_by_hundreds(poisoned, backend):
+    """Without the running max, exp overflows; without the rescale, early keys keep a weight that they lost."""
+    chunks, dense, pool_k, pool_v = paged([(1, 199), (40, 60)], 8, 1, 16, torch.float32, 0)
+    batch = make_batch(chunks, 8, DEVICE)
+    q = torch.from_numpy(np.random.default_rng(1).standard_normal((41, 2, 16))).float()
+    out = kernels.ATTENTION[backend](q.to(DEVICE), pool_k, pool_v, batch, 100.0).double().cpu().numpy()
+    for rows, (k, v) in zip((slice(0, 1), slice(1, 41)), dense):
+        np.testing.assert_allclose(out[rows], dense_attention(q[rows].double().numpy(), k, v, 100.0, None), atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=15)
+@given(T=st.integers(1, 40), K=st.integers(1, 4), D=st.sampled_from([8, 24, 64]), S=st.sampled_from([1, 7, 16]),
+       seed=st.integers(0, 99))
+def test_kernel_writes_kv_into_its_slots_and_nowhere_else(backend, T, K, D, S, seed):
+    generator = torch.Generator().manual_seed(seed)
+    N = -(-T // S) + 2
+    slots = torch.randperm(N * S, generator=generator)[:T]
+    pools = [torch.full((K, N, S, D), math.nan, device=DEVICE) for _ in "kv"]
+    new = [torch.randn(T, K + 1, D, generator=generator)[:, :K] for _ in "kv"]
+    kernels.WRITE_KV[backend](*(n.to(DEVICE) for n in new), *pools, slots.to(DEVICE))
+    for pool, values in zip(pools, new):
+        expected = torch.full((K, N, S, D), math.nan)
+        for t, slot in enumerate(slots.tolist()):
+            expected[:, slot // S, slot % S] = values[t]
+        torch.testing.assert_close(pool.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_kernels_compile_for_gpus_that_are_not_here():
+    """The interpreter accepts more than the compiler does: compile every launch for sm_80 and sm_90."""
+    if kernels.triton is None:
+        pytest.skip("no Triton here")
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=HERE, env=os.environ | {"TRITON_INTERPRET": "0"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    compiled = done.stdout.split()
+    for capability in ("80", "90"):
+        for kernel in ("_prefill_kernel", "_decode_kernel", "_merge_kernel", "_write_kv_kernel"):
+            assert f"{kernel}:{capability}" in compiled
+
+
+COMPILE = """
+import torch, triton, kernels
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import mangle_type
+
+def launch(kernel, *args, grid, warmup, **options):
+    values = dict(zip(kernel.arg_names, args)) | options
+    constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+    signature = {p.name: "constexpr" if p.is_constexpr else mangle_type(values[p.name]) for p in kernel.params}
+    for capability in (80, 90):
+        binary = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32))
+        assert binary.asm["cubin"]
+        print(f"{kernel.__name__}:{capability}")
+
+triton.runtime.jit.JITFunction.run = launch
+kv = torch.empty(2, 9, 64, 64, dtype=torch.bfloat16)
+batch = kernels.make_batch([kernels.Chunk([0], 99, [1, 2]), kernels.Chunk([0] * 80, 0, [3, 4])], 64)
+q = torch.empty(81, 8, 64, dtype=torch.bfloat16)
+kernels.write_kv_triton(q[:, :2], q[:, :2], kv, kv, batch.slots_T)
+kernels.attention_triton(q, kv, kv, batch, 0.125, window=50)
+"""
+
+
+# ---------------------------------------------------------------------------------------------
+# The pool
+
+class PoolMachine(RuleBasedStateMachine):
+    """The pool against a plain account of who owns what. Instead of K and V, each slot holds the tokens that they depend on."""
+
+    @initialize(N=st.integers(2, 12), S=st.integers(1, 4), prefix_cache=st.booleans())
+    def start(self, N, S, prefix_cache):
+        self.pool = KVPool(1, 1, 8, N, S, prefix_cache=prefix_cache)
+        self.memory = {}       # (block, offset) -> all tokens up to this one
+        self.requests = []     # (tokens, table, tokens computed)
+        self.released = []     # blocks in the order in which they were last let go
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20), room=st.integers(0, 3))
+    def admit(self, tokens, room):
+        table, pool = BlockTable(), self.pool
+        found = pool.match(table, tokens)
+        assert found % pool.block_size == 0 and found < len(tokens) and len(table.blocks) * pool.block_size == found
+        for t in range(found):   # what was found is what would have been computed
+            assert self.memory[table.blocks[t // pool.block_size], t % pool.block_size] == tokens[:t + 1]
+        before, kept = pool.available, list(table.blocks)
+        need = -(-len(tokens) // pool.block_size) - len(kept)
+        cached = set(pool.cached)
+        grown = pool.grow(table, len(tokens))
+        assert grown == (need <= before)
+        if grown:
+            evicted = [b for b in self.released if b in cached and b in table.blocks[len(kept):]]
+            survivors = [b for b in self.released if b in pool.cached]
+            assert all(self.released.index(e) < self.released.index(s) for e in evicted for s in survivors)
+            self.requests.append([tokens, table, found])
+        else:
+            assert table.blocks == kept
+            self._release(table)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), n=st.integers(1, 9), token=st.integers(0, 1))
+    def compute(self, data, n, token):
+        request = data.draw(st.sampled_from(self.requests))
+        tokens, table, computed = request
+        if computed == len(tokens):   # decode: one more token, if there is room
+            if not self.pool.grow(table, len(tokens) + 1):
+                return
+            tokens.append(token)
+        for t in range(computed, min(computed + n, len(tokens))):
+            block = table.blocks[t // self.pool.block_size]
+            assert self.pool.references[block] == 1 and block not in self.pool.digests, "a shared block is never written"
+            self.memory[block, t % self.pool.block_size] = tokens[:t + 1]
+            request[2] = t + 1
+        self.pool.commit(table, tokens, request[2])
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def finish(self, data):
+        request = data.draw(st.sampled_from(self.requests))
+        self.requests = [r for r in self.requests if r is not request]
+        self._release(request[1])
+
+    def _release(self, table):
+        for block in reversed(table.blocks):
+            if self.pool.references[block] == 1:
+                self.released = [b for b in self.released if b != block] + [block]
+        self.pool.release(table)
+
+    @invariant()
+    def every_block_is_free_cached_or_referenced(self):
+        if not hasattr(self, "pool"):
+            return
+        held = Counter(b for _, table, _ in self.requests for b in table.blocks)
+        pool = self.pool
+        assert [held[b] for b in range(pool.num_blocks)] == pool.references
+        assert sorted([*pool.free, *pool.cached, *held]) == list(range(pool.num_blocks))
+        assert pool.num_referenced == len(held)
+        assert {d: b for b, d in pool.digests.items()} == pool.index and set(pool.cached) <= set(pool.digests)
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=150, stateful_step_count=40)
+
+
+def test_finished_requests_prefix_is_found_until_the_space_is_needed():
+    pool = KVPool(1, 1, 8, 4, 4)
+    first, tokens = BlockTable(), list(range(10))
+    pool.grow(first, 10)
+    pool.commit(first, tokens, 10)
+    blocks = first.blocks
+    pool.release(first)
+    assert (len(pool.free), len(pool.cached)) == (2, 2)
+    again = BlockTable()
+    assert pool.match(again, tokens) == 8 and again.blocks == blocks[:2]
+    pool.release(again)
+    assert pool.match(BlockTable(), [99] + tokens[1:]) == 0
+    greedy = BlockTable()
+    assert pool.grow(greedy, 12) and not pool.grow(greedy, 17)
+    assert pool.match(again := BlockTable(), tokens) == 4, "the end of a prefix is evicted before its beginning"
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints: written here at random, in the names of the real ones
+
+GPT2 = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=61, n_positions=160, n_embd=32, n_layer=2,
+            n_head=4, eos_token_id=50256, bos_token_id=50256)
+LLAMA = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=61, hidden_size=32, intermediate_size=48,
+             num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=160,
+             rms_norm_eps=1e-5, eos_token_id=None)
+
+
+def gpt2_tensors(c):
+    E, I = c["n_embd"], c.get("n_inner") or 4 * c["n_embd"]
+    shapes = {"wte.weight": (c["vocab_size"], E), "wpe.weight": (c["n_positions"], E), "ln_f.weight": (E,), "ln_f.bias": (E,)}
+    for l in range(c["n_layer"]):
+        for name, shape in {"ln_1": (E,), "ln_2": (E,), "attn.c_attn": (E, 3 * E), "attn.c_proj": (E, E),
+                            "mlp.c_fc": (E, I), "mlp.c_proj": (I, E)}.items():
+            shapes[f"h.{l}.{name}.weight"], shapes[f"h.{l}.{name}.bias"] = shape, shape[-1:]
+    if c.get("tie_word_embeddings") is False:
+        shapes["lm_head.weight"] = c["vocab_size"], E
+    return random_tensors(shapes)
+
+
+def llama_tensors(c):
+    E, I, H, K = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"], c["num_key_value_heads"]
+    D = c.get("head_dim") or E // H
+    shapes = {"model.embed_tokens.weight": (c["vocab_size"], E), "model.norm.weight": (E,)}
+    for l in range(c["num_hidden_layers"]):
+        at = f"model.layers.{l}."
+        shapes |= {at + "input_layernorm.weight": (E,), at + "post_attention_layernorm.weight": (E,)}
+        for name, shape in {"self_attn.q_proj": (H * D, E), "self_attn.k_proj": (K * D, E), "self_attn.v_proj": (K * D, E),
+                            "self_attn.o_proj": (E, H * D), "mlp.gate_proj": (I, E), "mlp.up_proj": (I, E),
+                            "mlp.down_proj": (E, I)}.items():
+            shapes[f"{at}{name}.weight"] = shape
+            if (c["model_type"] == "qwen2" and name[10:] in ("q_proj", "k_proj", "v_proj")
+                    or c.get("attention_bias") and "attn" in name or c.get("mlp_bias") and "mlp" in name):
+                shapes[f"{at}{name}.bias"] = shape[:1]
+        if c["model_type"] == "qwen3":
+            shapes |= {at + "self_attn.q_norm.weight": (D,), at + "self_attn.k_norm.weight": (D,)}
+    if not c.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = c["vocab_size"], E
+    return random_tensors(shapes)
+
+
+def random_tensors(shapes):
+    g = torch.Generator().manual_seed(7)
+    return {name: torch.randn(shape, generator=g) * (0.3 if len(shape) > 1 else 0.1)
+            + (1 if "norm.weight" in name or "ln_" in name and "weight" in name else 0) for name, shape in shapes.items()}
+
+
+def write_checkpoint(folder, config, tensors, shards=1, **more):
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, content in more.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    names, where = sorted(tensors), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_file({n: tensors[n] for n in names[i::shards]}, folder / file)
+        where |= dict.fromkeys(names[i::shards], file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+# An independent forward: the whole sequence at once, no cache, no paging, nothing fused, float64.
+
+def plain_attention(q, k, v, scale, window):
+    """q [H, T, D], k and v [K, T, D]."""
+    k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], 0) for x in (k, v))
+    ones = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool)
+    seen = ones.tril() if window is None else ones.tril() & ones.triu(1 - window)
+    return torch.where(seen, q @ k.mT * scale, -torch.inf).softmax(-1) @ v
+
+
+def plain_gpt2(c, w, ids):
+    w = {name.removeprefix("transformer."): tensor.double() for name, tensor in w.items()}
+    E, H = c["n_embd"], c["n_head"]
+    act = {"gelu_new": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3))),
+           "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+           "relu": lambda x: x.clamp(min=0)}[c.get("activation_function", "gelu_new")]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + c.get("layer_norm_epsilon", 1e-5)).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+
+    def conv(x, name):
+        return x @ w[name + ".weight"] + w[name + ".bias"]
+
+    x = w["wte.weight"][ids] + w["wpe.weight"][:len(ids)]
+    for l in range(c["n_layer"]):
+        q, k, v = (part.view(-1, H, E // H).transpose(0, 1) for part in conv(norm(x, f"h.{l}.ln_1"), f"h.{l}.attn.c_attn").split(E, -1))
+        scale = (E // H) ** -0.5 / (l + 1 if c.get("scale_attn_by_inverse_layer_idx") else 1)
+        x = x + conv(plain_attention(q, k, v, scale, None).transpose(0, 1).reshape(-1, E), f"h.{l}.attn.c_proj")
+        x = x + conv(act(conv(norm(x, f"h.{l}.ln_2"), f"h.{l}.mlp.c_fc")), f"h.{l}.mlp.c_proj")
+    return norm(x, "ln_f") @ w.get("lm_head.weight", w["wte.weight"]).T
+
+
+def plain_llama(c, w, ids):
+    w = {name.removeprefix("model."): tensor.double() for name, tensor in w.items()}
+    H, K, T = c["num_attention_heads"], c["num_key_value_heads"], len(ids)
+    D = c.get("head_dim") or c["hidden_size"] // H
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", c.get("rope_theta", 10000.0))
+    angles = torch.zeros(T, D // 2, dtype=torch.float64)
+    for i in range(D // 2):
+        f = theta ** (-2 * i / D)
+        kind = rope.get("rope_type", rope.get("type"))
+        if kind == "linear":
+            f /= rope["factor"]
+        if kind == "llama3":
+            wavelength, old = 2 * math.pi / f, rope["original_max_position_embeddings"]
+            if wavelength > old / rope["low_freq_factor"]:
+                f /= rope["factor"]
+            elif wavelength > old / rope["high_freq_factor"]:
+                smooth = (old / wavelength - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+                f = (1 - smooth) * f / rope["factor"] + smooth * f
+        angles[:, i] = torch.arange(T) * f
+
+    def norm(x, name):
+        return x / (x.square().mean(-1, keepdim=True) + c["rms_norm_eps"]).sqrt() * w[name + ".weight"]
+
+    def project(x, name):
+        return x @ w[name + ".weight"].T + w.get(name + ".bias", 0)
+
+    def turn(x):   # each pair of a head's dimensions as a complex number
+        x = torch.complex(x[..., :D // 2], x[..., D // 2:]) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat([x.real, x.imag], -1)
+
+    x = w["embed_tokens.weight"][ids]
+    for l in range(c["num_hidden_layers"]):
+        at, h = f"layers.{l}.", norm(x, f"layers.{l}.input_layernorm")
+        q, k, v = (project(h, f"{at}self_attn.{name}_proj").view(T, -1, D).transpose(0, 1) for name in "qkv")
+        if c["model_type"] == "qwen3":
+            q, k = norm(q, at + "self_attn.q_norm"), norm(k, at + "self_attn.k_norm")
+        window = c.get("sliding_window")
+        if c["model_type"] != "mistral" and not (c.get("use_sliding_window") and l >= c.get("max_window_layers", 28)):
+            window = None
+        o = plain_attention(turn(q), turn(k), v, D ** -0.5, window)
+        x = x + project(o.transpose(0, 1).reshape(T, -1), at + "self_attn.o_proj")
+        h = norm(x, at + "post_attention_layernorm")
+        gate = project(h, at + "mlp.gate_proj")
+        x = x + project(gate * torch.sigmoid(gate) * project(h, at + "mlp.up_proj"), at + "mlp.down_proj")
+    return norm(x, "norm") @ w.get("lm_head.weight", w["embed_tokens.weight"]).T
+
+
+def plain(config, tensors, ids):
+    return (plain_gpt2 if config["model_type"] == "gpt2" else plain_llama)(config, tensors, ids)
+
+
+def plain_greedy(config, tensors, ids, n):
+    """n greedy tokens, the whole prefix recomputed for each."""
+    ids = list(ids)
+    for _ in range(n):
+        ids.append(int(plain(config, tensors, ids)[-1].argmax()))
+    return ids[-n:]
+
+
+LLAMA3_ROPE = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+FAMILIES = {
+    "gpt2": GPT2,
+    "gpt2 relu, n_inner, scaled by layer": GPT2 | dict(activation_function="relu", n_inner=40, layer_norm_epsilon=1e-3,
+                                                       scale_attn_by_inverse_layer_idx=True),
+    "gpt2 gelu, untied": GPT2 | dict(activation_function="gelu", tie_word_embeddings=False),
+    "llama 2": LLAMA | dict(num_key_value_heads=4),
+    "llama one KV head, own head size, biases, tied": LLAMA | dict(
+        num_attention_heads=5, num_key_value_heads=1, head_dim=12, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama 3.1": LLAMA | dict(rope_theta=500000.0, rope_scaling=LLAMA3_ROPE | {"rope_type": "llama3"}, torch_dtype="bfloat16"),
+    "llama 3.1, new spelling": LLAMA | dict(rope_parameters=LLAMA3_ROPE | dict(rope_type="llama3", rope_theta=2e4), dtype="float32"),
+    "llama linear rope, old spelling": LLAMA | dict(rope_scaling={"type": "linear", "factor": 4.0}),
+    "mistral": LLAMA | dict(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=9, num_key_value_heads=1),
+    "qwen2": LLAMA | dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], sliding_window=5),
+    "qwen2 with windows": LLAMA | dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], sliding_window=5,
+                                       use_sliding_window=True, max_window_layers=1),
+    "qwen3": LLAMA | dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=16, num_attention_heads=6),
+}
+
+
+def tensors_of(config):
+    return (gpt2_tensors if config["model_type"] == "gpt2" else llama_tensors)(config)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_a_plain_forward_at_every_position(tmp_path, name):
+    config = FAMILIES[name]
+    tensors = tensors_of(config)
+    write_checkpoint(tmp_path, config, tensors)
+    ids = torch.randint(61, (110,), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = plain(config, tensors, ids)
+    for options in (dict(attention="torch"), dict(attention="torch", block_size=5, max_batched_tokens=37),
+                    *[dict(attention="triton", block_size=8, max_batched_tokens=50)] * (kernels.triton is not None)):
+        logits = LLM(tmp_path, **options).logits(ids).double().cpu()
+        assert (logits - expected).abs().max() < 1e-4 * expected.abs().max(), options
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_prefix_shards_buffers_and_stored_dtype_make_no_difference(tmp_path, name, stored):
+    config = FAMILIES[name] | dict(torch_dtype=str(stored))
+    tensors = {n: t.to(stored) for n, t in tensors_of(config).items()}
+    if name == "gpt2":   # as transformers saves it, with the mask buffers of old versions
+        write_checkpoint(tmp_path / "other", config, {f"transformer.{n}": t for n, t in tensors.items()}
+                         | {"transformer.h.0.attn.bias": torch.ones(1, 1, 9, 9, dtype=torch.bool),
+                            "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}, shards=3)
+    else:
+        write_checkpoint(tmp_path / "other", config, tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, shards=3)
+    write_checkpoint(tmp_path / "one", config, tensors)
+    a, b = (LLM(tmp_path / which).logits(list(range(50))).cpu() for which in ("one", "other"))
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    expected = plain(config, tensors, list(range(50)))
+    assert (a - expected).abs().max() < (1e-4 if DEVICE == "cpu" else 3e-2) * expected.abs().max()
+
+
+def test_eos_comes_from_generation_config_first_and_may_be_a_list(tmp_path):
+    for config_eos, generation, expected in [(3, None, [3]), ([3, 5], None, [3, 5]), (3, {"eos_token_id": [7, 8]}, [7, 8]),
+                                             (3, {}, [3]), (None, None, []), (50256, None, [50256])]:
+        more = {} if generation is None else {"generation_config": generation}
+        write_checkpoint(tmp_path, LLAMA | dict(eos_token_id=config_eos), {}, **more)
+        assert model.read_config(tmp_path).eos == expected
+
+
+def test_eos_ends_a_text_unless_ignored(tmp_path):
+    tensors = llama_tensors(LLAMA)
+    first = plain_greedy(LLAMA, tensors, [1, 2, 3], 12)
+    eos = first[5]
+    write_checkpoint(tmp_path, LLAMA | dict(eos_token_id=[60, eos]), tensors)
+    llm = LLM(tmp_path)
+    out, on = llm.generate([[1, 2, 3]] * 2, [SamplingParams(max_tokens=12), SamplingParams(max_tokens=12, ignore_eos=True)])
+    assert out.token_ids == first[:first.index(eos) + 1] and out.finish_reason == "stop"
+    assert on.token_ids == first and on.finish_reason == "length"
+
+
+def test_loading_needs_little_more_memory_than_one_copy_of_the_weights(tmp_path):
+    config = LLAMA | dict(vocab_size=4000, hidden_size=1024, intermediate_size=2048, num_hidden_layers=6,
+                          num_attention_heads=8, num_key_value_heads=8)
+    write_checkpoint(tmp_path, config, llama_tensors(config))
+    weights = (tmp_path / "model.safetensors").stat().st_size
+    code = f"""
+import resource, sys; from pathlib import Path; import torch, model, safetensors
+c = model.read_config(Path({str(tmp_path)!r}))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model.load_weights(Path({str(tmp_path)!r}), c, torch.device('cpu'), torch.float32)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)"""
+    grown = int(subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True).stdout)
+    assert weights > 250e6 and grown < 1.25 * weights
+
+
+# Everything that can be wrong with a checkpoint, and what the error must name.
+
+def broken(name, *words):
+    def register(change):
+        BROKEN[name] = change, words
+    return register
+
+
+BROKEN = {}
+broken("no config", "config.json")(lambda f, c, t: (f / "config.json").unlink())
+broken("config torn", "config.json", "JSON")(lambda f, c, t: (f / "config.json").write_text('{"model_type": "lla'))
+broken("config not UTF-8", "config.json")(lambda f, c, t: (f / "config.json").write_bytes(b'{"a": "\xff"}'))
+broken("config without a key", "hidden_size")(lambda f, c, t: rewrite(f, c, hidden_size=None))
+broken("config with text for a number", "vocab_size", "many")(lambda f, c, t: rewrite(f, c, vocab_size="many"))
+broken("architecture", "BertModel")(lambda f, c, t: rewrite(f, c, model_type="bert", architectures=["BertModel"]))
+broken("architecture of a known type", "LlamaForSequenceClassification")(
+    lambda f, c, t: rewrite(f, c, architectures=["LlamaForSequenceClassification"]))
+broken("rope type", "yarn")(lambda f, c, t: rewrite(f, c, rope_scaling={"rope_type": "yarn", "factor": 2.0}))
+broken("rope without its factor", "factor")(lambda f, c, t: rewrite(f, c, rope_scaling={"type": "linear"}))
+broken("activation", "swish7")(lambda f, c, t: rewrite(f, c, hidden_act="swish7"))
+broken("quantised", "quantization_config")(lambda f, c, t: rewrite(f, c, quantization_config={"bits": 4}))
+broken("heads", "4", "3")(lambda f, c, t: rewrite(f, c, num_key_value_heads=3))
+broken("layer type", "chunked_attention")(
+    lambda f, c, t: rewrite(f, c, model_type="qwen3", architectures=None, layer_types=["chunked_attention"] * 2))
+broken("no weights", "model.safetensors")(lambda f, c, t: (f / "model.safetensors").unlink())
+broken("only pickled weights", "model.safetensors")(
+    lambda f, c, t: (f / "model.safetensors").rename(f / "pytorch_model.bin"))
+broken("missing tensor", "layers.1.mlp.up_proj.weight")(lambda f, c, t: reweigh(f, t, "model.layers.1.mlp.up_proj.weight", None))
+broken("misnamed tensor", "layers.1.mlp.up_proj.weight", "layers.1.mlp.upp_proj.weight")(
+    lambda f, c, t: reweigh(f, t | {"model.layers.1.mlp.upp_proj.weight": torch.ones(48, 32)}, "model.layers.1.mlp.up_proj.weight", None))
+broken("misshapen tensor", "model.layers.0.self_attn.k_proj.weight", "[16, 31]", "[16, 32]")(
+    lambda f, c, t: reweigh(f, t, "model.layers.0.self_attn.k_proj.weight", torch.ones(16, 31)))
+broken("tensor of integers", "model.norm.weight", "I8")(
+    lambda f, c, t: reweigh(f, t, "model.norm.weight", torch.ones(32, dtype=torch.int8)))
+broken("a tensor too many", "model.layers.0.self_attn.q_proj.bias")(
+    lambda f, c, t: reweigh(f, t, "model.layers.0.self_attn.q_proj.bias", torch.ones(32)))
+broken("untied without a head", "lm_head.weight")(lambda f, c, t: reweigh(f, t, "lm_head.weight", None))
+broken("torn in the data", "model.safetensors", "torn at tensor")(lambda f, c, t: cut(f / "model.safetensors", 0.6))
+broken("torn in the header", "model.safetensors", "header")(lambda f, c, t: cut(f / "model.safetensors", 0.001))
+broken("empty weights", "model.safetensors", "torn")(lambda f, c, t: cut(f / "model.safetensors", 0))
+broken("missing shard", "model-00002-of-00002.safetensors")(
+    lambda f, c, t: (write_checkpoint(f, c, t, shards=2) / "model-00002-of-00002.safetensors").unlink())
+broken("shard without its tensor", "model-00001-of-00002.safetensors", "lm_head.weight")(
+    lambda f, c, t: save_file({"a": torch.ones(1)}, write_checkpoint(f, c, t, shards=2) / "model-00001-of-00002.safetensors"))
+broken("tokenizer torn", "tokenizer.json")(lambda f, c, t: (f / "tokenizer.json").write_text("{"))
+broken("tokenizer without its parts", "tokenizer")(lambda f, c, t: (f / "tokenizer.json").write_text("{}"))
+
+
+def rewrite(folder, config, **changes):
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def reweigh(folder, tensors, name, tensor):
+    save_file({n: t for n, t in (tensors | {name: tensor}).items() if t is not None}, folder / "model.safetensors")
+
+
+def cut(path, share):
+    data = path.read_bytes()
+    path.write_bytes(data[:int(len(data) * share)])
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_checkpoint_is_refused_in_one_sentence_that_names_the_fault(tmp_path, capfd, name):
+    change, words = BROKEN[name]
+    tensors = llama_tensors(LLAMA)
+    change(write_checkpoint(tmp_path, LLAMA, tensors), LLAMA, tensors)
+    assert nanoserve.main(["--model", str(tmp_path), "--prompt", "x"]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and all(word in err for word in words), err
+
+
+def test_unsupported_config_is_refused_before_any_weight_is_read(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, LLAMA | dict(rope_scaling={"rope_type": "yarn"}), llama_tensors(LLAMA))
+    monkeypatch.setattr(model.Checkpoint, "__init__", lambda *a: pytest.fail("opened the weights"))
+    with pytest.raises(ValueError, match="yarn"):
+        LLM(tmp_path)
+    rewrite(tmp_path, LLAMA, head_dim=300)
+    with pytest.raises(ValueError, match="head size 300"):
+        LLM(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Tokenizers: against byte-pair encoding as its paper describes it, one merge at a time
+
+def byte_alphabet():
+    """GPT-2's bytes_to_unicode, by its rule: printable bytes stand for themselves, the others follow from 256 on."""
+    alphabet, n = {}, 256
+    for b in range(256):
+        if unicodedata.category(chr(b)) not in ("Cc", "Cf", "Zs"):
+            alphabet[b] = chr(b)
+        else:
+            alphabet[b], n = chr(n), n + 1
+    return alphabet
+
+
+def plain_bpe(word, merges):
+    """Merge the earliest pair of the list wherever it occurs, from the left, until none is left."""
+    parts, rank = [byte_alphabet()[b] for b in word.encode()], {tuple(m): i for i, m in enumerate(merges)}
+    while pairs := [(rank[p], i) for i, p in enumerate(zip(parts, parts[1:])) if p in rank]:
+        _, i = min(pairs)
+        parts[i:i + 2] = ["".join(parts[i:i + 2])]
+    return parts
+
+
+def train_bpe(text, split, n):
+    """Merges learned from a text: the most frequent pair, n times."""
+    words, merges = Counter(split(text)), []
+    for _ in range(n):
+        counts = Counter()
+        for word, times in words.items():
+            parts = plain_bpe(word, merges)
+            for pair in zip(parts, parts[1:]):
+                counts[pair] += times
+        if not counts:
+            break
+        merges.append(list(max(counts, key=lambda pair: (counts[pair], pair))))
+    return merges
+
+
+SAMPLE = ("The cat sat on the mat. It's 12345 o'clock and we'll see 678 cats' tails\n\n  They've  sat there,\tthere!\r\n"
+          "Привет, мир! Приветы кота. ភាសាខ្មែរ ភាសា 😀😀 👩‍👩‍👧 naïve café " * 2)
+WILD = st.text(st.one_of(st.sampled_from(list("the cat sat'sTHE  \n\n\t\r123.,!привет"+"ភាសា😀👩\u200d\u0301é\xa0\x85")), st.characters(codec="utf-8")),
+               max_size=40)
+
+
+def find_words(pattern):
+    import regex
+    return lambda text: regex.findall(pattern, text)
+
+
+def words_of_qwen(text):
+    """Qwen's split, by its own description: like Llama 3's, with digits one by one."""
+    return find_words(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")(text)
+
+
+def words_of_smollm(text):
+    """SmolLM2's split: every digit alone, then GPT-2's split of what is between them."""
+    words = []
+    for part in find_words(r"\p{N}|\P{N}+")(text):
+        words += find_words(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")(part)
+    return words
+
+
+words_of_gpt2 = find_words(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+words_of_llama3 = find_words(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def byte_level(use_regex):
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def split_by(pattern):
+    return {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}, byte_level(False)]}
+
+
+BOS_TEMPLATE = {"type": "Sequence", "processors": [byte_level(False), {
+    "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|bos|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [], "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [1000], "tokens": ["<|bos|>"]}}}]}
+#             words, pre-tokenizer, normalizer, post-processor, ids before the text
+TOKENIZERS = {
+    "gpt2": (words_of_gpt2, byte_level(True), None, byte_level(False), []),
+    "llama 3": (words_of_llama3, split_by(model.LLAMA3_SPLIT), None, BOS_TEMPLATE, [1000]),
+    "qwen": (words_of_qwen, split_by(model.LLAMA3_SPLIT.replace("{1,3}", "")), {"type": "NFC"}, byte_level(False), []),
+    "smollm": (words_of_smollm, {"type": "Sequence", "pretokenizers": [
+        {"type": "Digits", "individual_digits": True}, byte_level(True)]}, None, None, []),
+}
+ADDED = [{"id": 1000, "content": "<|bos|>", "special": True}, {"id": 1001, "content": "<tool>", "special": False},
+         {"id": 1002, "content": "<tool>s", "special": False}]
+
+
+def tokenizer_json(words, pre, normalizer, post, shuffle=0):
+    """A tokenizer.json with merges learned from SAMPLE; ids in an order of their own if shuffle is given."""
+    merges = train_bpe(SAMPLE, words, 80)
+    tokens = list(dict.fromkeys([*byte_alphabet().values(), *("".join(m) for m in merges)]))
+    random.Random(shuffle).shuffle(tokens)
+    return {"version": "1.0", "added_tokens": ADDED, "normalizer": normalizer, "pre_tokenizer": pre, "post_processor": post,
+            "decoder": byte_level(True), "model": {"type": "BPE", "dropout": None, "unk_token": None, "byte_fallback": False,
+                                                   "vocab": {t: i for i, t in enumerate(tokens)}, "merges": merges}}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    made = {}
+    for name, (words, pre, normalizer, post, _) in TOKENIZERS.items():
+        folder = tmp_path_factory.mktemp("tokenizer")
+        raw = tokenizer_json(words, pre, normalizer, post, shuffle=5)
+        (folder / "tokenizer.json").write_text(json.dumps(raw))
+        made[name] = model.load_tokenizer(folder), raw, folder
+    return made
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=150)
+@given(text=WILD)
+def test_ids_equal_plain_byte_pair_encoding(tokenizers, name, text):
+    (words, _, normalizer, _, before), (tokenizer, raw, _) = TOKENIZERS[name], tokenizers[name]
+    normal = unicodedata.normalize("NFC", text) if normalizer else text
+    expected = before + [raw["model"]["vocab"][part] for word in words(normal) for part in plain_bpe(word, raw["model"]["merges"])]
+    assert tokenizer.encode(text) == expected
+    assert tokenizer.decode(expected[len(before):]) == normal
+
+
+def test_other_files_of_the_same_tokenizer_give_the_same_ids(tokenizers, tmp_path):
+    """vocab.json + merges.txt for GPT-2, tokenizer.model for Llama 3."""
+    tokenizer, raw, _ = tokenizers["gpt2"]
+    (tmp_path / "vocab.json").write_text(json.dumps(raw["model"]["vocab"] | {"<|endoftext|>": 999}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in raw["model"]["merges"]))
+    classic = model.load_tokenizer(tmp_path)
+    assert classic.encode(SAMPLE) == tokenizer.encode(SAMPLE)
+    assert classic.encode("a<|endoftext|>", special=True) == classic.encode("a") + [999] and classic.decode([999]) == "<|endoftext|>"
+
+    tokenizer, raw, _ = tokenizers["llama 3"]
+    of = {character: b for b, character in byte_alphabet().items()}
+    words = [bytes([b]) for b in range(256)] + [bytes(of[c] for c in "".join(m)) for m in raw["model"]["merges"]]
+    words = list(dict.fromkeys(words))
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original/tokenizer.model").write_text("".join(f"{base64.b64encode(w).decode()} {i}\n" for i, w in enumerate(words)))
+    original = model.load_tokenizer(tmp_path / "original")
+    back = {i: t for t, i in raw["model"]["vocab"].items()}
+    expected = [words.index(bytes(of[c] for c in back[i])) for i in tokenizer.encode(SAMPLE)[1:]]
+    assert original.encode(SAMPLE) == [len(words)] + expected
+    assert original.encode("<|eot_id|>", special=True) == [len(words), len(words) + 9]
+
+
+def test_special_tokens_in_a_prompt_are_plain_text_unless_asked_for(tokenizers):
+    tokenizer = tokenizers["gpt2"][0]
+    assert 1000 not in tokenizer.encode("a<|bos|>b") and tokenizer.decode(tokenizer.encode("a<|bos|>b")) == "a<|bos|>b"
+    assert tokenizer.encode("a<|bos|>b", special=True) == tokenizer.encode("a") + [1000] + tokenizer.encode("b")
+    assert tokenizer.encode("x<tool>s<tool>") == tokenizer.encode("x") + [1002, 1001], "not special: always found, the longest first"
+    assert tokenizer.decode([1000, 1001]) == "<|bos|><tool>" and tokenizer.decode([1000, 1001], skip_special=True) == "<tool>"
+
+
+def test_a_byte_without_a_token_is_left_out(tmp_path):
+    raw = tokenizer_json(words_of_gpt2, byte_level(True), None, None)
+    raw["model"]["merges"], raw["model"]["vocab"] = [], {"a": 3, "b": 4}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    assert model.load_tokenizer(tmp_path).encode("a b") == [3, 4]
+
+
+@settings(max_examples=100)
+@given(text=WILD)
+def test_streamed_characters_are_never_cut(tokenizers, text):
+    tokenizer = tokenizers["qwen"][0]
+    ids = tokenizer.encode(text)
+    decode = tokenizer.decoder()
+    pieces = [decode(i, n == len(ids) - 1) for n, i in enumerate(ids)]
+    assert "".join(pieces) == tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+def test_sentencepiece_goes_through_the_tokenizers_package_or_says_so(tmp_path):
+    raw = {"version": "1.0", "added_tokens": [], "normalizer": {"type": "Prepend", "prepend": "▁"}, "pre_tokenizer": None,
+           "post_processor": None, "decoder": None, "model": {
+               "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None, "end_of_word_suffix": None,
+               "fuse_unk": True, "byte_fallback": True, "vocab": {"<unk>": 0, "▁": 1, "a": 2, "▁a": 3}, "merges": [["▁", "a"]]}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    try:
+        import tokenizers
+    except ImportError:
+        with pytest.raises(ValueError, match="pip install tokenizers"):
+            model.load_tokenizer(tmp_path)
+    else:
+        foreign = model.load_tokenizer(tmp_path)
+        assert foreign.encode("aa") == tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("aa").ids == [3, 2]
+        assert foreign.decode([3, 2]) == tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).decode([3, 2])
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00")
+    with pytest.raises(ValueError, match="tokenizer.json"):
+        model.load_tokenizer(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------
+# The engine
+
+CONFIGS = {"llama": LLAMA, "mistral": FAMILIES["mistral"], "gpt2": GPT2}
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def lone(tmp_path_factory):
+    """For each config: its folder, prompts (some with a common beginning) and each one's greedy tokens by the plain forward."""
+    made = {}
+    for name, config in CONFIGS.items():
+        tensors, rng = tensors_of(config), random.Random(3)
+        folder = write_checkpoint(tmp_path_factory.mktemp(name), config, tensors)
+        common = [rng.randrange(61) for _ in range(50)]
+        prompts = [common[:n] + [rng.randrange(61) for _ in range(m)]
+                   for n, m in [(0, 1), (0, 2), (0, 40), (20, 3), (20, 30), (33, 1), (50, 1), (50, 9), (50, 0)]]
+        made[name] = folder, prompts, [plain_greedy(config, tensors, p, NEW) for p in prompts]
+    return made
+
+
+def watch(llm):
+    """Check, at every run of the model, the token budget and that no block in sight of two requests is written."""
+    inner, pool, steps = llm.model, llm.pool, []
+
+    def run(batch, _):
+        assert len(batch.tokens_T) <= llm.scheduler.max_batched_tokens
+        for slot in batch.slots_T.tolist():
+            block = slot // pool.block_size
+            assert pool.references[block] == 1 and block not in pool.digests
+        steps.append(len(batch.tokens_T))
+        return inner(batch, pool)
+
+    llm.model = run
+    return steps
+
+
+def check_pool(llm):
+    pool = llm.pool
+    held = Counter(b for r in llm.requests.values() for b in r.table.blocks)
+    assert [held[b] for b in range(pool.num_blocks)] == pool.references
+    assert len(pool.free) + len(pool.cached) + len(held) == pool.num_blocks
+    assert sorted([*pool.free, *pool.cached, *held]) == list(range(pool.num_blocks))
+
+
+def assert_tokens_do_not_depend_on_company(lone, config, backend, options, spare, arrivals):
+    folder, prompts, expected = lone[config]
+    S = options["block_size"]
+    llm = LLM(folder, attention=backend, dtype="float32", num_blocks=-(-(60 + NEW) // S) + spare, **options)
+    watch(llm)
+    outputs, queue, step = {}, sorted(arrivals, key=lambda a: a[1]), 0
+    while queue or llm.requests:
+        while queue and queue[0][1] <= step:
+            i, _, n, patience = queue.pop(0)
+            rid = llm.add(prompts[i], SamplingParams(max_tokens=n, ignore_eos=True))
+            outputs[rid] = llm.requests[rid].output, i, n, patience and step + patience
+        for rid, (out, i, n, abort_at) in outputs.items():
+            if abort_at == step:
+                llm.abort(rid)
+        llm.step()
+        check_pool(llm)
+        step += 1
+        assert step < 3000, "somebody waits for ever"
+    assert llm.pool.num_referenced == 0 and not llm.scheduler.running and not llm.scheduler.waiting
+    for out, i, n, _ in outputs.values():
+        if out.finish_reason == "abort":
+            assert out.token_ids == expected[i][:len(out.token_ids)]
+        else:
+            assert (out.token_ids, out.finish_reason) == (expected[i][:n], "length")
+
+
+arrivals = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 12), st.integers(1, NEW), st.one_of(st.none(), st.none(), st.integers(1, 9))),
+                    min_size=1, max_size=9)
+engine_options = st.fixed_dictionaries(dict(block_size=st.integers(1, 17), max_batched_tokens=st.integers(1, 80),
+                                            max_seqs=st.integers(1, 9), prefix_cache=st.booleans()))
+
+
+@settings(max_examples=100)
+@given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals)
+def test_tokens_depend_on_the_prompt_alone(lone, config, options, spare, arrivals):
+    """Not on neighbours, arrival, chunk size, block size, preemption, aborts of others or a prefix hit."""
+    assert_tokens_do_not_depend_on_company(lone, config, "torch", options, spare, arrivals)
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="no Triton here")
+@settings(max_examples=6 if DEVICE == "cpu" else 60)
+@given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals)
+def test_tokens_do_not_depend_on_the_attention_backend(lone, config, options, spare, arrivals):
+    options["max_batched_tokens"] += 20
+    assert_tokens_do_not_depend_on_company(lone, config, "triton", options, spare, arrivals[:4])
+
+
+def test_youngest_is_preempted_and_loses_nothing(lone):
+    folder, prompts, expected = lone["llama"]
+    llm = LLM(folder, block_size=4, num_blocks=17, max_batched_tokens=99, prefix_cache=False)
+    ids = [llm.add(prompts[i], SamplingParams(max_tokens=NEW)) for i in (3, 4)]   # 23 and 50 tokens: 6 and 13 blocks
+    ids[0:0] = [llm.add(prompts[1], SamplingParams(max_tokens=NEW))]
+    requests, seen = [llm.requests[i] for i in ids], []
+    order = []
+    while llm.requests:
+        before = [r.computed for r in requests]
+        llm.step()
+        check_pool(llm)
+        order += [r.output.id for r, n in zip(requests, before) if r.computed < n and not r.output.finish_reason]
+    assert order, "the pool was meant to be too small"
+    assert ids.index(order[0]) != 1, "the oldest is never the first to go"
+    for r, i in zip(requests, (1, 3, 4)):
+        assert r.output.token_ids == expected[i]
+
+
+def test_running_requests_get_a_token_in_every_step_of_a_long_prompt(lone):
+    folder, prompts, expected = lone["llama"]
+    llm = LLM(folder, max_batched_tokens=8)
+    first = llm.add(prompts[0], SamplingParams(max_tokens=NEW))
+    llm.step()
+    long = llm.add(prompts[7], SamplingParams(max_tokens=2))
+    produced = []
+    while long in llm.requests and not llm.requests[long].output.token_ids:
+        produced.append([out.id for out in llm.step()])
+    assert len(produced) == 9 and all(first in ids for ids in produced), "59 tokens in chunks of 7, the budget less one"
+
+
+def test_second_request_with_the_same_beginning_computes_only_the_rest(lone):
+    folder, prompts, expected = lone["llama"]
+    llm = LLM(folder, block_size=8)
+    steps = watch(llm)
+    (a,), n = llm.generate([prompts[7]], SamplingParams(max_tokens=1)), sum(steps)
+    (b,) = llm.generate([prompts[6]], SamplingParams(max_tokens=NEW))
+    assert n == 59 and a.reused_tokens == 0
+    assert b.reused_tokens == 48 and steps[1] == 51 - 48, "6 full blocks of the common 50 tokens, after the first has finished"
+    assert b.token_ids == expected[6]
+    off = LLM(folder, block_size=8, prefix_cache=False)
+    assert [out.reused_tokens for _ in "ab" for out in off.generate([prompts[7]])] == [0, 0]
+
+
+def test_abort_in_the_middle_of_a_chunk_gives_the_blocks_back(lone):
+    folder, prompts, expected = lone["llama"]
+    llm = LLM(folder, max_batched_tokens=16)
+    ids = [llm.add(p, SamplingParams(max_tokens=NEW)) for p in (prompts[2], prompts[7])]
+    llm.step()
+    out = llm.requests[ids[1]].output
+    llm.abort(ids[1])
+    llm.abort(ids[1])   # twice is once
+    assert out.finish_reason == "abort" and out.token_ids == []
+    other = llm.requests[ids[0]].output
+    while llm.requests:
+        llm.step()
+    assert other.token_ids == expected[2] and llm.pool.num_referenced == 0
+    stream = llm.stream(prompts[1])
+    stream.close()
+    assert llm.pool.num_referenced == 0 and not llm.requests
+
+
+def test_bad_prompt_ends_alone(lone):
+    folder, prompts, expected = lone["llama"]
+    llm = LLM(folder, block_size=8, num_blocks=10)
+    bad = [[], [61], [-1], [1.5], [True], "text without a tokenizer", [1] * 80, [1] * 200]
+    outs = llm.generate([*bad, prompts[1]], SamplingParams(max_tokens=NEW))
+    assert outs[-1].token_ids == expected[1]
+    for out, words in zip(outs, ["empty", "61", "-1", "1.5", "True", "no tokenizer", "KV pool", "KV pool"]):
+        assert out.finish_reason == "error" and words in out.error and out.token_ids == []
+    for prompt in bad:
+        with pytest.raises(ValueError):
+            llm.add(prompt)
+    with pytest.raises(ValueError, match="context holds 160"):
+        llm.logits([1] * 161)
+    assert LLM(folder).generate([[1] * 160])[0].error.startswith("the prompt has 160 tokens and the model's context holds 160")
+    assert llm.pool.num_referenced == 0
+
+
+def test_text_ends_with_the_context_or_the_pool(lone):
+    folder, prompts, _ = lone["llama"]
+    (out,) = LLM(folder).generate([[1] * 150], SamplingParams(max_tokens=99))
+    assert (len(out.token_ids), out.finish_reason) == (10, "length")
+    (out,) = LLM(folder, block_size=8, num_blocks=3).generate([[1] * 20], SamplingParams(max_tokens=99))
+    assert (len(out.token_ids), out.finish_reason) == (4, "length")
+
+
+@pytest.mark.parametrize("wrong", [dict(max_tokens=0), dict(max_tokens=-3), dict(max_tokens=1.5), dict(temperature=-0.1),
+                                   dict(temperature=math.nan), dict(temperature=math.inf), dict(top_p=0), dict(top_p=1.01), dict(top_p=math.nan),
+                                   dict(top_k=-1), dict(seed="x"), dict(stop=("",)), dict(stop=(1,))])
+def test_sampling_parameters_that_make_no_sense_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong)).replace("stop", "stop string")):
+        SamplingParams(**wrong)
+
+
+def test_each_prompt_may_have_its_own_parameters(lone):
+    folder, prompts, expected = lone["gpt2"]
+    llm = LLM(folder)
+    outs = llm.generate(prompts[:3], [SamplingParams(max_tokens=n) for n in (1, 5, 9)])
+    assert [out.token_ids for out in outs] == [expected[0][:1], expected[1][:5], expected[2][:9]]
+    assert all(out.ttft > 0 for out in outs) and outs[0].tps == 0 < outs[1].tps
+    with pytest.raises(ValueError, match="3 prompts and 1"):
+        llm.generate(prompts[:3], [SamplingParams()])
+
+
+# --- sampling
+
+@settings(max_examples=100)
+@given(seed=st.integers(0, 999), temperature=st.sampled_from([0.3, 1.0, 2.5]), top_k=st.integers(0, 12),
+       top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]))
+def test_tokens_are_drawn_as_often_as_their_probability_says(seed, temperature, top_k, top_p):
+    logits = np.random.default_rng(seed).standard_normal(9) * 2
+    weight = np.exp(logits.astype(np.float32).astype(float) / temperature)
+    order = sorted(range(9), key=lambda i: -weight[i])[:top_k or 9]
+    kept, total = [], 0.0
+    for i in order:   # the fewest that add up to p, the last one included
+        kept.append(i)
+        total += weight[i] / weight[order].sum()
+        if total >= top_p:
+            break
+    draws = 2000
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens = nanoserve.sample(torch.tensor(logits).float().expand(draws, 9), [params] * draws,
+                              [(i + 0.5) / draws for i in range(draws)])
+    for i in range(9):
+        expected = draws * weight[i] / weight[kept].sum() if i in kept else 0
+        assert abs(tokens.count(i) - expected) <= 1.01
+
+
+def test_greedy_rows_and_sampled_rows_do_not_mix():
+    logits = torch.tensor([[0.0, 3.0, 1.0], [9.0, 0.0, 0.0], [0.0, 1.0, 5.0]])
+    params = [SamplingParams(), SamplingParams(temperature=1.0), SamplingParams()]
+    assert nanoserve.sample(logits, params, [0.999, 0.0, 0.999]) == [1, 0, 2]
+
+
+def test_seed_gives_the_same_text_whatever_else_runs(lone):
+    folder, prompts, _ = lone["llama"]
+    hot = dict(temperature=1.5, max_tokens=NEW)
+    alone = LLM(folder).generate([prompts[4]], SamplingParams(seed=11, **hot))[0].token_ids
+    llm = LLM(folder, block_size=4, num_blocks=30, max_batched_tokens=17)
+    crowd = llm.generate([prompts[i] for i in (2, 4, 5, 4, 7)],
+                         [SamplingParams(seed=s, **hot) for s in (None, 11, 3, 12, None)])
+    assert crowd[1].token_ids == alone != crowd[3].token_ids
+
+
+# --- text
+
+@settings(max_examples=150)
+@given(text=WILD, stops=st.lists(st.text(st.sampled_from("the cas "), min_size=1, max_size=4), max_size=3))
+def test_text_ends_before_a_stop_string_and_never_shows_part_of_one(tokenizers, text, stops):
+    tokenizer = tokenizers["gpt2"][0]
+    ids = tokenizer.encode(text) or [5]
+    out = nanoserve.Output(0)
+    request = nanoserve.Request([1], SamplingParams(stop=stops), 1 + len(ids), out, None, tokenizer.decoder(), time.perf_counter())
+    shown = [""]
+    for n, i in enumerate(ids):
+        request.append(i, [])
+        shown.append(out.text)
+        so_far = tokenizer.decode(ids[:n + 1])
+        places = [so_far.find(s) for s in stops if s in so_far]
+        if places:
+            assert (out.text, out.finish_reason) == (so_far[:min(places)], "stop")
+            break
+    else:
+        assert (out.text, out.finish_reason) == (tokenizer.decode(ids), "length")
+    assert all(out.text.startswith(s) for s in shown), "what has been shown is never taken back"
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line, as a process, on the model that comes with the repository
+
+def run(*arguments, stdin=b"", **more):
+    done = subprocess.run([sys.executable, str(HERE / "nanoserve.py"), *arguments], input=stdin, capture_output=True,
+                          timeout=300, env=os.environ | {"PYTHONIOENCODING": "ascii"}, **more)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_the_readme_command_writes_a_story(tmp_path):
+    code, out, err = run("--prompt", "The cat sat", cwd=tmp_path)
+    assert code == 0 and re.fullmatch(r"prefill: \d+ tokens, .*TTFT.*decode: \d+ tokens .*TPS.*KV: \d+ blocks of \d+ tokens\n", err)
+    words = out.split()
+    assert 40 <= len(words) <= 500 and len(set(words)) > 30 and out.rstrip()[-1] in '.!"?'
+    assert out == LLM(HERE / "demo/llama").generate(["The cat sat"], SamplingParams(max_tokens=512))[0].text + "\n"
+
+
+def test_several_prompts_run_as_one_batch_and_print_in_order(tmp_path):
+    (tmp_path / "prompts").write_text("Once upon a time\n\nOne day, 😀\n", "utf-8")
+    arguments = ["--max-tokens", "8", "--prompts-file", str(tmp_path / "prompts"), "--prompt", "The dog", "--prompt", "-"]
+    code, out, err = run(*arguments, "--json", stdin="Lily\n".encode())
+    objects = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [o["prompt"] for o in objects] == ["The dog", "Lily", "Once upon a time", "One day, 😀"]
+    llm = LLM(HERE / "demo/llama")
+    for o in objects:
+        (alone,) = llm.generate([o["prompt"]], SamplingParams(max_tokens=8))
+        assert (o["text"], o["token_ids"], o["finish_reason"]) == (alone.text, alone.token_ids, alone.finish_reason)
+        assert o["ttft"] > 0 and o["tps"] > 0 and o["prompt_tokens"] == len(llm.tokenizer.encode(o["prompt"]))
+    code, text, err = run(*arguments, stdin="Lily\n".encode())
+    assert text == "".join(o["text"] + "\n" for o in objects) and err.count("TTFT") == 4
+
+
+def test_in_a_batch_only_the_prompt_at_fault_ends():
+    code, out, err = run("--prompt", "The dog", "--prompt", "", "--prompt", "The cat " * 900, "--prompt", b"\xff\xfe",
+                         "--prompt", "The hen", "--max-tokens", "5")
+    assert code == 2 and len(out.splitlines()) == 2 and "Traceback" not in err
+    assert [line for line in err.splitlines() if "TTFT" not in line] == [
+        "nanoserve.py: prompt 2: the prompt is empty: give at least one character",
+        next(line for line in err.splitlines() if "prompt 3: the prompt has" in line and "context holds 1024" in line),
+        "nanoserve.py: prompt 4: the prompt is not valid UTF-8: re-encode it as UTF-8"]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "there is no prompt"), (["--prompt", ""], "empty"), (["--prompt", "x", "--max-tokens", "0"], "max_tokens"),
+    (["--prompt", "x", "--max-tokens", "-5"], "max_tokens"), (["--prompt", "x", "--max-tokens", "many"], "--max-tokens"),
+    (["--prompt", "x", "--temperature", "-1"], "temperature"), (["--prompt", "x", "--temperature", "nan"], "temperature"),
+    (["--prompt", "x", "--top-p", "0"], "top_p"), (["--prompt", "x", "--top-p", "1.5"], "top_p"), (["--prompt", "x", "--top-k", "-1"], "top_k"),
+    (["--prompt", "x", "--stop", ""], "stop string"), (["--prompt", "x", "--device", "abacus"], "abacus"),
+    (["--prompt", "x", "--device", "cuda:99"], "cuda:99"), (["--prompt", "x", "--dtype", "int8"], "int8"),
+    (["--prompt", "x", "--attention", "magic"], "magic"), (["--prompt", "x", "--model", "/nowhere"], "/nowhere"),
+    (["--prompt", "x", "--block-size", "0"], "block_size"), (["--prompt", "x", "--num-blocks", "-1"], "num_blocks"),
+    (["--prompt", "x", "--num-blocks", "999999999999"], "blocks"), (["--prompt", "x", "--max-seqs", "0"], "max_seqs"),
+    (["--prompt", "x", "--max-batched-tokens", "0"], "max_batched_tokens"), (["--prompt", "x " * 40, "--num-blocks", "1"], "KV pool"),
+    (["--prompts-file", "/nowhere/prompts"], "/nowhere/prompts"), (["--prompt", "x", "--prompts-file", "/"], "/"), (["--pompt", "x"], "--pompt"),
+])
+def test_bad_input_ends_in_one_sentence_and_a_non_zero_exit(capfd, arguments, words):
+    try:
+        code = nanoserve.main(arguments)
+    except SystemExit as end:
+        code = end.code
+    out, err = capfd.readouterr()
+    assert code == 2 and out == "" and err.count("\n") == 1 and words in err, err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bad_input_ends_a_process_without_a_traceback(tmp_path):
+    for arguments, stdin in [(["--prompt", "x", "--device", "cuda"], b""), (["--prompt", "-"], b"a\xff"), (["--prompt", "-"], b"")]:
+        code, out, err = run(*arguments, stdin=stdin)
+        assert code == 2 and out == "" and err.count("\n") == 1, err
+
+
+def test_ctrl_c_ends_cleanly():
+    process = subprocess.Popen([sys.executable, str(HERE / "nanoserve.py"), "--prompt", "The cat sat", "--ignore-eos", "--max-tokens", "900"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.decode().strip() == "nanoserve.py: interrupted"
+
+
+def test_closed_pipe_is_said_in_one_sentence():
+    process = subprocess.Popen([sys.executable, str(HERE / "nanoserve.py"), "--prompt", "The cat sat", "--ignore-eos", "--max-tokens", "900"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(20)
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait(60) == 1 and err.count("\n") == 1 and "closed" in err
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as end:
+        nanoserve.main(["--help"])
+    text = capsys.readouterr().out
+    for option in ("prompt", "prompts-file", "model", "max-tokens", "temperature", "top-k", "top-p", "seed", "stop", "ignore-eos", "device",
+                   "dtype", "attention", "block-size", "num-blocks", "max-batched-tokens", "max-seqs", "json"):
+        assert f"--{option} " in text
+    assert end.value.code == 0 and max(map(len, text.splitlines())) <= 100
+
+
+# ---------------------------------------------------------------------------------------------
+# The model that comes with the repository
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_demo_logits_equal_the_plain_forward(name):
+    folder = HERE / "demo" / name
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    llm = LLM(folder, dtype="float32")
+    ids = llm.tokenizer.encode('Once upon a time there was a girl named Lily. "Where is my ball?" asked Lily.')
+    expected = plain(config, tensors, ids)
+    assert (llm.logits(ids).cpu() - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_demo_checkpoints_share_a_tokenizer_and_fit_their_size():
+    a, b = (model.load_tokenizer(HERE / "demo" / name) for name in ("llama", "gpt2"))
+    for text in (SAMPLE, "The cat sat. <|endoftext|>"):
+        assert a.encode(text) == b.encode(text) and a.decode(a.encode(text)) == text
+    for name in ("llama", "gpt2"):
+        files = list((HERE / "demo" / name).iterdir())
+        assert sum(f.stat().st_size for f in files) <= 8_000_000
+        with safe_open(HERE / "demo" / name / "model.safetensors", framework="pt") as weights:
+            assert list(weights.keys())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_demo_stories_end_by_themselves(name):
+    llm = LLM(HERE / "demo" / name)
+    outs = llm.generate(["The cat sat", "Once upon a time", "One day, Tom"], SamplingParams(max_tokens=900))
+    assert [out.finish_reason for out in outs] == ["stop"] * 3
+    assert "".join(llm.stream("The cat sat", SamplingParams(max_tokens=900))) == outs[0].text
