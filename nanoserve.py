@@ -18,12 +18,16 @@ import argparse
 import json
 import os
 import random
+import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+if __name__ == "__main__":   # Ctrl-C during the slow imports ends the process without a traceback; `main` then takes over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from torch import Tensor
@@ -526,6 +530,7 @@ def serve(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, 2 for bad input, 1 for a closed pipe, 130 after Ctrl-C."""
     args = parse_arguments(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
