@@ -704,7 +704,7 @@ ADDED = [{"id": 1000, "content": "<|bos|>", "special": True}, {"id": 1001, "cont
 
 def tokenizer_json(pre, normalizer, post, shuffle=0):
     """A tokenizer.json with merges learned from SAMPLE; ids in an order of their own if shuffle is given."""
-    merges = train_bpe(SAMPLE, 150)
+    merges = train_bpe(SAMPLE, 100)
     tokens = list(dict.fromkeys([*byte_alphabet().values(), *("".join(m) for m in merges)]))
     random.Random(shuffle).shuffle(tokens)
     return {"version": "1.0", "added_tokens": ADDED, "normalizer": normalizer, "pre_tokenizer": pre, "post_processor": post,
@@ -1061,7 +1061,7 @@ def test_text_ends_before_a_stop_string_and_never_shows_part_of_one(tokenizers, 
             assert (out.text, out.finish_reason) == (so_far[:min(places)], "stop")
             break
         certain = next(k for k in range(len(so_far) + 1) if k == len(so_far) or any(s.startswith(so_far[k:]) for s in stops))
-        assert out.text.startswith(so_far[:certain].rstrip("\ufffd")), "nothing is held back that no stop string can begin with"
+        assert out.finish_reason or so_far[-1:] == "\ufffd" or out.text == so_far[:certain], "nothing is held back that no stop string can begin with"
     else:
         assert (out.text, out.finish_reason) == (tokenizer.decode(ids), "length")
     assert all(out.text.startswith(s) for s in shown), "what has been shown is never taken back"
