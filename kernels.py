@@ -29,6 +29,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -62,23 +63,25 @@ class Batch:
     """The chunks of one step, flattened to T tokens of B requests. Build it with `make_batch`.
 
     Requests with a single query token come first: these `num_decodes` go to the decode kernel, the
-    rest to the prefill kernel, so a mixed step takes one launch of each.
+    rest to the prefill kernel, so a mixed step takes one launch of each. All tensors are int64 views
+    of `memory`, which reaches the device in one transfer.
     """
-    tokens_T: Tensor           # int64, token ids
-    positions_T: Tensor        # int64, each token's position in its request
-    slots_T: Tensor            # int64, where its K and V go: block * S + offset
-    block_tables_BM: Tensor    # int32, each request's blocks, padded with 0
-    query_starts: Tensor       # int32 [B + 1], request b owns rows query_starts[b]:query_starts[b + 1]
-    kv_lens: Tensor            # int32 [B], tokens that request b can look back on, its chunk included
-    logit_rows: Tensor         # int64, the rows whose logits are wanted, request by request
+    memory: Tensor
+    tokens_T: Tensor           # token ids
+    positions_T: Tensor        # each token's position in its request
+    slots_T: Tensor            # where its K and V go: block * S + offset; -1: nowhere
+    query_starts: Tensor       # [B + 1], request b owns rows query_starts[b]:query_starts[b + 1]
+    kv_lens: Tensor            # [B], tokens that request b can look back on, its chunk included
+    logit_rows: Tensor         # the rows whose logits are wanted, request by request
+    block_tables_BM: Tensor    # each request's blocks, padded with 0
     rows: list[slice]          # query_starts, for Python
     lens: list[int]            # kv_lens, for Python
     num_decodes: int
     plans: dict = field(default_factory=dict)  # what a launcher worked out once for all layers
 
 
-def make_batch(chunks: list[Chunk], block_size: int, device: torch.device | str = "cpu") -> Batch:
-    """Flatten chunks into the index tensors of one step; decodes must come before longer chunks."""
+def make_batch(chunks: list[Chunk], block_size: int, device: torch.device | str = "cpu", width: int = 1) -> Batch:
+    """Flatten chunks into the index tensors of one step; decodes must come before longer chunks. Tables get at least `width` columns."""
     S = block_size
     tokens, positions, slots, logit_rows, rows, lens = [], [], [], [], [], []
     for tokens_, start, blocks, logits in chunks:
@@ -87,40 +90,43 @@ def make_batch(chunks: list[Chunk], block_size: int, device: torch.device | str 
         logit_rows += range(rows[-1].stop - logits, rows[-1].stop)
         tokens += tokens_
         positions += range(start, stop)
-        slots += [blocks[t // S] * S + t % S for t in range(start, stop)]
-        lens.append(stop)
+        slots += [blocks[t // S] * S + t % S for t in range(start, stop)] if blocks else [-1]
+        lens.append(stop if blocks else 0)
     num_decodes = next((i for i, c in enumerate(chunks) if len(c.tokens) > 1), len(chunks))
     assert all(len(c.tokens) > 1 for c in chunks[num_decodes:]), "decodes come first"
-    width = max(len(c.blocks) for c in chunks)
-    tables = [c.blocks + [0] * (width - len(c.blocks)) for c in chunks]
+    width = max(width, *(len(c.blocks) for c in chunks))
+    tables = [block for c in chunks for block in c.blocks + [0] * (width - len(c.blocks))]
+    parts = tokens, positions, slots, [0] + [r.stop for r in rows], lens, logit_rows, tables
+    memory = torch.tensor([value for part in parts for value in part]).to(device)
+    views = memory.split([len(part) for part in parts])
+    return Batch(memory, *views[:-1], views[-1].view(len(chunks), width), rows, lens, num_decodes)
 
-    def put(values, dtype):
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
-    return Batch(put(tokens, torch.int64), put(positions, torch.int64), put(slots, torch.int64),
-                 put(tables, torch.int32), put([0] + [r.stop for r in rows], torch.int32),
-                 put(lens, torch.int32), put(logit_rows, torch.int64), rows, lens, num_decodes)
+PADDING = Chunk([0], 0, [])   # a request that owns nothing and writes nowhere, to fill up a captured graph
 
 
 # ---------------------------------------------------------------------------------------------
 # The definition
 
 def attention_naive(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch, scale: float,
-                    window: int | None = None) -> Tensor:
-    """softmax(scale * q k^T + mask) v in float64, one request and one head at a time; [T, H, D].
+                    window: int | None = None, slopes_H: Tensor | None = None) -> Tensor:
+    """softmax(scale * q k^T + bias + mask) v in float64, one request and one head at a time; [T, H, D].
 
-    A query at position p sees keys at positions (p - window, p]; query head h uses KV head
-    h // G. This is what the other two must equal.
+    A query at position p sees keys at positions (p - window, p]; query head h uses KV head h // G, and
+    with slopes (ALiBi, Press et al. 2022) loses slopes[h] per token of distance. scale > 0. This is
+    what the other two must equal.
     """
     out_THD = torch.empty_like(q_THD)
     G = q_THD.shape[1] // k_KNSD.shape[0]
-    for rows, kv_len, table in zip(batch.rows, batch.lens, batch.block_tables_BM.long()):
+    for rows, kv_len, table in zip(batch.rows, batch.lens, batch.block_tables_BM):
         distance = batch.positions_T[rows, None] - torch.arange(kv_len, device=q_THD.device)
         seen = (distance >= 0) & (distance < (window or kv_len))
         for h in range(q_THD.shape[1]):
             k_TD = k_KNSD[h // G, table].flatten(0, 1)[:kv_len].double()
             v_TD = v_KNSD[h // G, table].flatten(0, 1)[:kv_len].double()
             scores = q_THD[rows, h].double() @ k_TD.T * scale
+            if slopes_H is not None:
+                scores -= slopes_H[h].double() * distance
             out_THD[rows, h] = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v_TD).to(out_THD)
     return out_THD
 
@@ -135,7 +141,7 @@ def write_kv_torch(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor,
 # PyTorch, any device
 
 def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch, scale: float,
-                    window: int | None = None) -> Tensor:
+                    window: int | None = None, slopes_H: Tensor | None = None) -> Tensor:
     """Attention from PyTorch's own parts: decodes as one padded product, prefills one by one.
 
     Wins: runs anywhere and needs no compiler. Loses: gathers K and V into a contiguous copy first,
@@ -144,7 +150,7 @@ def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
     out_THD = torch.empty_like(q_THD)
     n, K, S = batch.num_decodes, *k_KNSD.shape[::2][:2]
     if n:
-        out_THD[:n] = _decode_torch(q_THD[:n], k_KNSD, v_KNSD, batch, scale, window)
+        out_THD[:n] = _decode_torch(q_THD[:n], k_KNSD, v_KNSD, batch, scale, window, slopes_H)
     for rows, kv_len, table in zip(batch.rows[n:], batch.lens[n:], batch.block_tables_BM[n:]):
         q_KGTD = q_THD[rows].unflatten(1, (K, -1)).permute(1, 2, 0, 3)
         first = kv_len - q_KGTD.shape[2]                       # position of the chunk's first query
@@ -153,9 +159,12 @@ def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
         k_K1TD, v_K1TD = (pool[:, blocks].flatten(1, 2)[:, None, :kv_len - begin]
                           for pool in (k_KNSD, v_KNSD))
         seen = None                                            # None: SDPA's own causal mask will do
-        if first > 0 or window:
+        if first > 0 or window or slopes_H is not None:
             distance = batch.positions_T[rows, None] - torch.arange(begin, kv_len, device=q_THD.device)
             seen = (distance >= 0) & (distance < (window or kv_len))
+            if slopes_H is not None:
+                bias = slopes_H.view(K, -1, 1, 1).to(q_THD) * -distance
+                seen = bias.masked_fill(~seen, -torch.inf)
         o_KGTD = scaled_dot_product_attention(
             q_KGTD, k_K1TD.expand(-1, q_KGTD.shape[1], -1, -1), v_K1TD.expand(-1, q_KGTD.shape[1], -1, -1),
             attn_mask=seen, is_causal=seen is None, scale=scale)
@@ -163,7 +172,7 @@ def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
     return out_THD
 
 
-def _decode_torch(q_BHD, k_KNSD, v_KNSD, batch, scale, window):
+def _decode_torch(q_BHD, k_KNSD, v_KNSD, batch, scale, window, slopes_H):
     """One query row per request against all of its keys, every request padded to the longest."""
     tables_BM = batch.block_tables_BM[:q_BHD.shape[0]]
     k_KBTD = k_KNSD[:, tables_BM].flatten(2, 3)
@@ -172,6 +181,8 @@ def _decode_torch(q_BHD, k_KNSD, v_KNSD, batch, scale, window):
     distance_BT = batch.positions_T[:len(q_BHD), None] - torch.arange(k_KBTD.shape[2], device=q_BHD.device)
     seen_BT = (distance_BT >= 0) & (distance_BT < (window or k_KBTD.shape[2]))
     scores_KBGT = (q_KBGD @ k_KBTD.mT).float() * scale
+    if slopes_H is not None:
+        scores_KBGT -= slopes_H.view(len(k_KNSD), 1, -1, 1) * distance_BT[None, :, None]
     weights = scores_KBGT.masked_fill(~seen_BT[None, :, None], -torch.inf).softmax(-1)
     v_KBTD = v_KBTD.masked_fill(~seen_BT[None, :, :, None], 0)  # 0 * NaN is NaN: slots nobody owns may hold anything
     return (weights.to(q_BHD.dtype) @ v_KBTD).transpose(0, 1).flatten(1, 2)
@@ -180,62 +191,82 @@ def _decode_torch(q_BHD, k_KNSD, v_KNSD, batch, scale, window):
 # ---------------------------------------------------------------------------------------------
 # Triton
 
-LOG2_E = 1.4426950408889634   # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction
-TILE = 32 if INTERPRETED else 64   # KV tokens per tile; small in the interpreter, so that tests see many
-PREFILL_ROWS = 32 if INTERPRETED else 64   # query rows (tokens x heads of one KV head) per program
+LOG2E = tl.constexpr(1.4426950408889634)   # exp(x) = exp2(x * LOG2E), and exp2 is one instruction
+PIPELINE = 5   # stages: looking up a block takes three, and two more keep the next tile of K and V on its way
 
 
 @jit
-def _sweep(q_RD, k_ptr, v_ptr, table_ptr, position_R, start, stop, scale,
-           S: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr):
+def _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, position_R, slope_R, start, stop, kv_len, scale,
+           S: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
+           ALIBI: tl.constexpr, MASKED: tl.constexpr):
     """Online softmax of R query rows over the keys [start, stop) of one KV head of one request.
 
-    The whole of paging is `slot`: which slot of the pool holds the key at this position.
-    Returns the unnormalised o_RD, and m_R, l_R (in powers of two), all float32.
+    Takes and returns the running o_RD, m_R, l_R (float32, m in powers of two). MASKED is False where
+    every row sees every key of every tile. The whole of paging is one look-up per tile: a tile that
+    lies within a block is one contiguous piece of the pool. (Where S is no multiple of TILE, every key
+    looks up its own block: right, and slower. `start` is a multiple of TILE.)
     """
-    d = tl.arange(0, q_RD.shape[1])
-    m_R = tl.full([q_RD.shape[0]], float("-inf"), tl.float32)
-    l_R = tl.zeros([q_RD.shape[0]], tl.float32)
-    o_RD = tl.zeros(q_RD.shape, tl.float32)
+    d, t = tl.arange(0, D_PAD), tl.arange(0, TILE)
+    unit = 1.0 if ALIBI else scale   # folded into exp2, unless a bias wants scaled scores
     for tile in range(start, stop, TILE):
-        key = tile + tl.arange(0, TILE)
-        slot = tl.load(table_ptr + key // S, mask=key < stop, other=0).to(tl.int64) * S + key % S
-        live_DT = (d < D)[:, None] & (key < stop)[None, :]
-        k_DT = tl.load(k_ptr + slot[None, :] * D + d[:, None], mask=live_DT, other=0.0)
-        s_RT = tl.dot(q_RD, k_DT, input_precision="ieee") * scale
-        seen_RT = (key[None, :] <= position_R[:, None]) & (key < stop)[None, :]
-        if WINDOW > 0:
-            seen_RT = seen_RT & (key[None, :] > position_R[:, None] - WINDOW)
-        s_RT = tl.where(seen_RT, s_RT, float("-inf"))
+        key = tile + t
+        if S % TILE == 0:
+            begin = (tl.load(table_ptr + tile // S) * S + tile % S) * D
+            at_TD = (t * D)[:, None] + d[None, :]
+        else:
+            begin = 0
+            slot = tl.load(table_ptr + key // S, mask=key < kv_len, other=0) * S + key % S
+            at_TD = (slot * D)[:, None] + d[None, :]
+        owned_TD = tl.full([TILE, D_PAD], True, tl.int1)
+        if D < D_PAD:
+            owned_TD = owned_TD & (d < D)[None, :]
+        if MASKED:   # slots past the end belong to nobody and may hold NaN
+            owned_TD = owned_TD & (key < kv_len)[:, None]
 
-        m_new = tl.maximum(m_R, tl.max(s_RT, 1))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)   # a row that has seen no key yet: -inf - -inf is NaN
-        p_RT = tl.exp2(s_RT - m_safe[:, None])
-        rescale = tl.exp2(m_R - m_safe)
-        v_TD = tl.load(v_ptr + slot[:, None] * D + d[None, :], mask=tl.trans(live_DT), other=0.0)
+        k_TD = tl.load(k_ptr + begin + at_TD, mask=owned_TD, other=0.0)
+        s_RT = tl.dot(q_RD, tl.trans(k_TD), input_precision="ieee")
+        if ALIBI:
+            s_RT = s_RT * scale + slope_R[:, None] * (key[None, :] - position_R[:, None])
+        if MASKED:
+            seen_RT = key[None, :] <= position_R[:, None]
+            if WINDOW > 0:
+                seen_RT = seen_RT & (key[None, :] > position_R[:, None] - WINDOW)
+            s_RT = tl.where(seen_RT, s_RT, float("-inf"))
+
+        m_new = tl.maximum(m_R, tl.max(s_RT, 1) * unit)
+        m_sub = m_new
+        if MASKED:   # a row that has seen no key yet: -inf - -inf would be NaN
+            m_sub = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p_RT = tl.exp2(s_RT * unit - m_sub[:, None])
+        rescale = tl.exp2(m_R - m_sub)
+        v_TD = tl.load(v_ptr + begin + at_TD, mask=owned_TD, other=0.0)
         l_R = l_R * rescale + tl.sum(p_RT, 1)
-        o_RD = o_RD * rescale[:, None] + tl.dot(p_RT.to(v_TD.dtype), v_TD, input_precision="ieee")
+        o_RD = tl.dot(p_RT.to(v_TD.dtype), v_TD, o_RD * rescale[:, None], input_precision="ieee")
         m_R = m_new
     return o_RD, m_R, l_R
 
 
 @jit
-def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, tables_ptr, query_starts_ptr, kv_lens_ptr, tiles_ptr,
+def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, slopes_ptr, tables_ptr, query_starts_ptr, kv_lens_ptr, work_ptr,
                     q_stride, table_stride, head_stride, scale,
                     S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-                    ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr):
-    """A tile of query rows against every key they may see, and no other tile of keys.
+                    ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr):
+    """A tile of query rows against every key that they may see, and no other tile of keys.
 
-    Rows: ROWS // G tokens times the G query heads that share this KV head, so K and V are read once
-    for all of them. Operations: 4 * rows * keys * D; bytes: 2 * keys * D per tile of rows, so the
-    intensity is about ROWS operations per byte (2-byte types) and arithmetic is the bound.
+    Computes: rows of the chunk, ROWS // G tokens times the G query heads that share this KV head.
+    Cost: 4 * ROWS * keys * D operations for 2 * keys * D elements of K and V, ROWS operations per byte in
+    two-byte types. Bound: arithmetic, as long as ROWS exceeds the machine's operations per byte (H100: 300,
+    of which the L2 cache, shared by neighbouring tiles, supplies the rest).
+    Tile: as many rows as the registers hold, for o_RD is [ROWS, D] float32; TILE keys feed one pass of the
+    matrix units. Wins on long chunks; loses on chunks of a few tokens, whose rows it fills with nothing.
     """
-    b = tl.load(tiles_ptr + 2 * tl.program_id(0))
-    first = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1)      # the tile's first token, within the chunk
+    b = tl.load(work_ptr + 2 * tl.program_id(0))
+    first = tl.load(work_ptr + 2 * tl.program_id(0) + 1)       # the tile's first token, within the chunk
     kv_head = tl.program_id(1).to(tl.int64)
-    row_start = tl.load(query_starts_ptr + b)
-    q_len = tl.load(query_starts_ptr + b + 1) - row_start
-    past = tl.load(kv_lens_ptr + b) - q_len                    # tokens before the chunk
+    row_start = tl.load(query_starts_ptr + b).to(tl.int32)
+    q_len = tl.load(query_starts_ptr + b + 1).to(tl.int32) - row_start
+    kv_len = tl.load(kv_lens_ptr + b).to(tl.int32)
+    past = kv_len - q_len                                      # tokens before the chunk
 
     row, d = tl.arange(0, ROWS), tl.arange(0, D_PAD)
     token = first + row // G
@@ -243,80 +274,106 @@ def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, tables_ptr, query_starts_ptr, 
     index_R = (row_start + token).to(tl.int64)
     column_R = kv_head * G * D + row % G * D
     q_RD = tl.load(q_ptr + (index_R * q_stride + column_R)[:, None] + d[None, :], mask=live_RD, other=0.0)
+    slope_R = tl.load(slopes_ptr + kv_head * G + row % G) * LOG2E if ALIBI else 0.0
 
-    stop = past + tl.minimum(first + ROWS // G, q_len)         # tiles above the diagonal are not visited
+    # Keys behind the window and above the diagonal are never loaded. Between them: tiles that the window cuts,
+    # tiles that every row sees whole, tiles that the diagonal cuts.
+    position_R = past + token
+    last = tl.minimum(first + ROWS // G, q_len)
     start = 0
-    if WINDOW > 0:                                             # nor are tiles behind the window
-        start = tl.maximum(0, past + first - WINDOW + 1)
-    o_RD, m_R, l_R = _sweep(q_RD, k_ptr + kv_head * head_stride, v_ptr + kv_head * head_stride,
-                            tables_ptr + b * table_stride, past + token, start, stop, scale,
-                            S, D, TILE, WINDOW)
+    whole = 0
+    if WINDOW > 0:
+        start = tl.maximum(0, past + first - WINDOW + 1) // TILE * TILE
+        whole = tl.cdiv(tl.maximum(0, past + last - WINDOW), TILE) * TILE
+    diagonal = tl.maximum(whole, (past + first + 1) // TILE * TILE)
+    stop = past + last
+
+    o_RD, m_R, l_R = tl.zeros([ROWS, D_PAD], tl.float32), tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    k_head, v_head, table = k_ptr + kv_head * head_stride, v_ptr + kv_head * head_stride, tables_ptr + b * table_stride
+    if WINDOW > 0:
+        o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_head, v_head, table, position_R, slope_R, start, tl.minimum(whole, stop),
+                                kv_len, scale, S, D, D_PAD, TILE, WINDOW, ALIBI, True)
+    o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_head, v_head, table, position_R, slope_R, whole, diagonal,
+                            kv_len, scale, S, D, D_PAD, TILE, WINDOW, ALIBI, False)
+    o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_head, v_head, table, position_R, slope_R, diagonal, stop,
+                            kv_len, scale, S, D, D_PAD, TILE, WINDOW, ALIBI, True)
     tl.store(out_ptr + (index_R * H * D + column_R)[:, None] + d[None, :],
              (o_RD / tl.where(l_R > 0, l_R, 1.0)[:, None]).to(out_ptr.dtype.element_ty), mask=live_RD)
 
 
 @jit
-def _decode_kernel(q_ptr, o_ptr, m_ptr, l_ptr, k_ptr, v_ptr, tables_ptr, kv_lens_ptr,
-                   q_stride, table_stride, head_stride, split_len, num_splits, scale,
+def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_ptr, slopes_ptr, tables_ptr, kv_lens_ptr, work_ptr,
+                   q_stride, head_stride, scale,
                    S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-                   ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr):
-    """One split of one request's keys for the G query heads of one KV head.
+                   ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr):
+    """One split of one request's keys for the G query heads of one KV head; the last split to finish merges all.
 
-    Operations: 4 * G * keys * D; bytes: 2 * keys * D elements, each used once: G operations per
-    byte, so bandwidth is the bound and the matrix units may idle. Splits keep all of the machine busy.
+    Cost: 4 * G * keys * D operations for 2 * keys * D elements of K and V, each used once: G operations per
+    byte in two-byte types. Bound: bandwidth; the matrix units idle, and half-empty tiles (G rows of 16) are free.
+    Splits: one row cannot fill a machine, so the step's keys are shared out evenly over its multiprocessors.
+    Two partial answers merge by the recurrence of online softmax, o, m and l for the splits instead of the keys,
+    so the result is exact. Wins at any batch and length; loses a little where splits are so short that
+    leaving o, m and l in memory costs as much as the keys.
     """
-    b, kv_head, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    kv_len = tl.load(kv_lens_ptr + b)
-    begin = tl.maximum(0, kv_len - WINDOW) if WINDOW > 0 else 0
-    start = begin + split * split_len
-    if start < kv_len:
+    work = tl.program_id(0)
+    b = tl.load(work_ptr + 6 * work)
+    if b >= 0:   # the list is as long as it can get, not as long as it is
+        table_ptr = tables_ptr + tl.load(work_ptr + 6 * work + 1)
+        start, stop = tl.load(work_ptr + 6 * work + 2), tl.load(work_ptr + 6 * work + 3)
+        first, splits = tl.load(work_ptr + 6 * work + 4), tl.load(work_ptr + 6 * work + 5)
+        kv_head, kv_len = tl.program_id(1).to(tl.int64), tl.load(kv_lens_ptr + b).to(tl.int32)
         row, d = tl.arange(0, ROWS), tl.arange(0, D_PAD)
         head = kv_head * G + row
         live_RD = (row < G)[:, None] & (d < D)[None, :]
         q_RD = tl.load(q_ptr + b.to(tl.int64) * q_stride + head[:, None] * D + d[None, :], mask=live_RD, other=0.0)
-        o_RD, m_R, l_R = _sweep(q_RD, k_ptr + kv_head * head_stride, v_ptr + kv_head * head_stride,
-                                tables_ptr + b * table_stride, tl.zeros([ROWS], tl.int32) + kv_len - 1,
-                                start, tl.minimum(kv_len, start + split_len), scale, S, D, TILE, WINDOW)
-        part = (b * H + head) * num_splits + split
-        tl.store(o_ptr + part[:, None] * D + d[None, :], o_RD, mask=live_RD)
-        tl.store(m_ptr + part, m_R, mask=row < G)
-        tl.store(l_ptr + part, l_R, mask=row < G)
-
-
-@jit
-def _merge_kernel(o_ptr, m_ptr, l_ptr, out_ptr, kv_lens_ptr, split_len, num_splits,
-                  H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WINDOW: tl.constexpr):
-    """Online softmax once more, over the splits of one request and head instead of over keys."""
-    b, h, d = tl.program_id(0), tl.program_id(1), tl.arange(0, D_PAD)
-    kv_len = tl.load(kv_lens_ptr + b)
-    keys = tl.minimum(kv_len, WINDOW) if WINDOW > 0 else kv_len
-    first = (b * H + h).to(tl.int64) * num_splits
-    m = tl.load(m_ptr + first)
-    l = tl.load(l_ptr + first)
-    o_D = tl.load(o_ptr + first * D + d, mask=d < D)
-    for part in range(first + 1, first + tl.cdiv(keys, split_len)):
-        m_part = tl.load(m_ptr + part)
-        m_new = tl.maximum(m, m_part)
-        old, new = tl.exp2(m - m_new), tl.exp2(m_part - m_new)
-        l = l * old + tl.load(l_ptr + part) * new
-        o_D = o_D * old + tl.load(o_ptr + part * D + d, mask=d < D) * new
-        m = m_new
-    tl.store(out_ptr + (b * H + h).to(tl.int64) * D + d, (o_D / l).to(out_ptr.dtype.element_ty), mask=d < D)
+        slope_R = tl.load(slopes_ptr + head, mask=row < G, other=0.0) * LOG2E if ALIBI else 0.0
+        position_R = tl.zeros([ROWS], tl.int32) + kv_len - 1
+        o_RD, m_R, l_R = _sweep(
+            tl.zeros([ROWS, D_PAD], tl.float32), tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32),
+            q_RD, k_ptr + kv_head * head_stride, v_ptr + kv_head * head_stride, table_ptr, position_R,
+            slope_R, start, stop, kv_len, scale, S, D, D_PAD, TILE, WINDOW, ALIBI, True)
+        finished = True
+        if splits > 1:
+            part = work * H + head
+            tl.store(o_ptr + part[:, None] * D + d[None, :], o_RD, mask=live_RD)
+            tl.store(m_ptr + part, m_R, mask=row < G)
+            tl.store(l_ptr + part, l_R, mask=row < G)
+            tl.debug_barrier()   # all threads have stored before one of them says so
+            counter = arrived_ptr + b * (H // G) + kv_head
+            finished = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
+            if finished:
+                tl.store(counter, 0)   # ready for the next layer
+                o_RD, m_R, l_R = tl.zeros([ROWS, D_PAD], tl.float32), tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+                for other in tl.range(first, first + splits, loop_unroll_factor=4):   # several loads in flight
+                    part = other * H + head
+                    m_part = tl.load(m_ptr + part, mask=row < G, other=0.0, cache_modifier=".cg")
+                    o_part = tl.load(o_ptr + part[:, None] * D + d[None, :], mask=live_RD, other=0.0, cache_modifier=".cg")
+                    m_new = tl.maximum(m_R, m_part)
+                    old, new = tl.exp2(m_R - m_new), tl.exp2(m_part - m_new)
+                    l_R = l_R * old + tl.load(l_ptr + part, mask=row < G, other=1.0, cache_modifier=".cg") * new
+                    o_RD = o_RD * old[:, None] + o_part * new[:, None]
+                    m_R = m_new
+        if finished:
+            tl.store(out_ptr + (b * H + head[:, None]) * D + d[None, :], (o_RD / l_R[:, None]).to(out_ptr.dtype.element_ty), mask=live_RD)
 
 
 @jit
 def _write_kv_kernel(k_ptr, v_ptr, k_pool_ptr, v_pool_ptr, slots_ptr, k_stride, v_stride, head_stride,
-                     D: tl.constexpr, D_PAD: tl.constexpr):
-    """One token's K and V of one head into its slot."""
-    t, kv_head, d = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.arange(0, D_PAD)
-    to = kv_head * head_stride + tl.load(slots_ptr + t) * D + d
-    tl.store(k_pool_ptr + to, tl.load(k_ptr + t * k_stride + kv_head * D + d, mask=d < D), mask=d < D)
-    tl.store(v_pool_ptr + to, tl.load(v_ptr + t * v_stride + kv_head * D + d, mask=d < D), mask=d < D)
+                     K: tl.constexpr, K_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    """One token's K and V, all heads, into its slot; none for the padding of a captured graph (slot -1)."""
+    t = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + t)
+    if slot >= 0:
+        h, d = tl.arange(0, K_PAD).to(tl.int64)[:, None], tl.arange(0, D_PAD)[None, :]
+        live = (h < K) & (d < D)
+        to = h * head_stride + slot * D + d
+        tl.store(k_pool_ptr + to, tl.load(k_ptr + t * k_stride + h * D + d, mask=live), mask=live)
+        tl.store(v_pool_ptr + to, tl.load(v_ptr + t * v_stride + h * D + d, mask=live), mask=live)
 
 
 def attention_triton(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch, scale: float,
-                     window: int | None = None) -> Tensor:
-    """Attention by the kernels above: one launch for the decodes (and its merge), one for the rest.
+                     window: int | None = None, slopes_H: Tensor | None = None) -> Tensor:
+    """Attention by the kernels above: one launch for the decodes, one for the prompts.
 
     q_THD may be a view with a row stride of its own; heads and D must be contiguous.
     """
@@ -324,56 +381,112 @@ def attention_triton(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch
     G, n = H // K, batch.num_decodes
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     # tl.dot wants powers of two, and at least 16 of everything.
-    shape = dict(S=S, H=H, G=G, D=D, D_PAD=max(16, triton.next_power_of_2(D)), TILE=TILE, WINDOW=window or 0)
-    strides = q_THD.stride(0), batch.block_tables_BM.stride(0), N * S * D
+    shape = dict(S=S, H=H, G=G, D=D, D_PAD=max(16, triton.next_power_of_2(D)), WINDOW=window or 0, ALIBI=slopes_H is not None)
+    slopes_H = batch.kv_lens if slopes_H is None else slopes_H   # never read
 
     if n:
-        split_len, num_splits = _plan_splits(batch, K, window, q_THD.device)
-        o = torch.empty(n, H, num_splits, D, dtype=torch.float32, device=q_THD.device)
-        m, l = torch.empty(2, n, H, num_splits, dtype=torch.float32, device=q_THD.device)
-        _decode_kernel[(n, K, num_splits)](
-            q_THD, o, m, l, k_KNSD, v_KNSD, batch.block_tables_BM, batch.kv_lens, *strides,
-            split_len, num_splits, scale * LOG2_E, **shape, ROWS=max(16, triton.next_power_of_2(G)))
-        _merge_kernel[(n, H)](o, m, l, out_THD, batch.kv_lens, split_len, num_splits,
-                              H, D, shape["D_PAD"], shape["WINDOW"])
+        ROWS, options = max(16, triton.next_power_of_2(G)), decode_options(D, q_THD.dtype)
+        work, o, m, l, arrived = plan_decode(batch, H, K, D, window, options["TILE"], q_THD.device)
+        _decode_kernel[(len(work), K)](
+            q_THD, out_THD, o, m, l, arrived, k_KNSD, v_KNSD, slopes_H, batch.block_tables_BM, batch.kv_lens, work,
+            q_THD.stride(0), N * S * D, scale * LOG2E.value, **shape, ROWS=ROWS, **options)
     if n < len(batch.rows):
-        ROWS = max(PREFILL_ROWS, triton.next_power_of_2(G))
-        tiles = _plan_tiles(batch, ROWS // G, q_THD.device)
-        _prefill_kernel[(len(tiles), K)](
-            q_THD, out_THD, k_KNSD, v_KNSD, batch.block_tables_BM, batch.query_starts, batch.kv_lens, tiles,
-            *strides, scale * LOG2_E, **shape, ROWS=ROWS)
+        options = prefill_options(D, G, q_THD.dtype, capability_of(q_THD.device))
+        work = plan_prefill(batch, options["ROWS"] // G, q_THD.device)
+        _prefill_kernel[(len(work), K)](
+            q_THD, out_THD, k_KNSD, v_KNSD, slopes_H, batch.block_tables_BM, batch.query_starts, batch.kv_lens, work,
+            q_THD.stride(0), batch.block_tables_BM.stride(0), N * S * D, scale * LOG2E.value, **shape, **options)
     return out_THD
 
 
-def _plan_splits(batch: Batch, K: int, window: int | None, device) -> tuple[int, int]:
-    """Keys per split, and splits of the longest request: from the work and the number of multiprocessors.
+def prefill_options(D: int, G: int, dtype: torch.dtype, capability: int) -> dict:
+    """Tile and launch shape of prefill: as large as registers hold without spilling (`bench.py kernels` shows them)."""
+    least = triton.next_power_of_2(G)
+    if INTERPRETED:                          # small, so that short tests see many tiles
+        return dict(ROWS=max(32, least), TILE=32)
+    if dtype == torch.float32:               # no matrix units: all products pass through registers
+        return dict(ROWS=max(32, least), TILE=16, num_warps=8, num_stages=2)
+    if D > 128:                              # o_RD alone takes ROWS * D registers
+        return dict(ROWS=max(64, least), TILE=32, num_warps=8, num_stages=3)
+    TILE = 32 if capability < 90 and D > 64 else 64   # before sm_90, K and V pass through registers too
+    return dict(ROWS=max(128, least), TILE=TILE, num_warps=8, num_stages=PIPELINE)
 
-    All keys of all decodes are shared out evenly over two programs per multiprocessor, so a long
-    request is cut into many splits, and a large batch of short ones is not cut at all.
+
+def decode_options(D: int, dtype: torch.dtype) -> dict:
+    """Tile and launch shape of decode: 16 KiB of K a tile, and registers few enough for several programs per multiprocessor."""
+    if INTERPRETED:
+        return dict(TILE=32)
+    return dict(TILE=min(64, 16384 // (max(16, triton.next_power_of_2(D)) * dtype.itemsize)), num_warps=4, num_stages=PIPELINE)
+
+
+@cache
+def capability_of(device: torch.device) -> int:
+    """80 for sm_80 and so on; where there is no GPU, one that the kernels could be compiled for."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
+
+
+@cache
+def multiprocessors_of(device: torch.device) -> int:
+    """How many programs make a GPU busy; where there is none, a few, so that tests see splits."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def plan_decode(batch: Batch, H: int, K: int, D: int, window: int | None, TILE: int, device) -> tuple[Tensor, ...]:
+    """The splits of the step's decodes, and the memory in which they leave o, m and l and count who has arrived."""
+    if ("decode", window, TILE) not in batch.plans:
+        work, n = share_out(batch, K, window, TILE, device), batch.num_decodes
+        o, (m, l) = torch.empty(len(work), H, D, device=device), torch.empty(2, len(work), H, device=device)
+        arrived = torch.zeros(n * K, dtype=torch.int32, device=device)
+        batch.plans["decode", window, TILE] = torch.tensor(work, dtype=torch.int32).to(device), o, m, l, arrived
+    return batch.plans["decode", window, TILE]
+
+
+def share_out(batch: Batch, K: int, window: int | None, TILE: int, device) -> list[tuple[int, ...]]:
+    """A row per split: request, where its block table begins, first key, last key, its request's first split and number of splits.
+
+    From the work and the number of multiprocessors alone: all tiles of keys of all decodes are shared out over
+    two programs per multiprocessor. A long request gets many splits, a large batch of short ones gets one each,
+    and no batch size is a cliff. The list is padded to the length that it can have at most for so many requests,
+    so that a captured graph fits every step.
     """
-    if ("splits", window) not in batch.plans:
-        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-        keys = [min(length, window or length) for length in batch.lens[:batch.num_decodes]]
-        split_len = TILE * max(1, -(-sum(keys) * K // (2 * processors * TILE)))
-        batch.plans["splits", window] = split_len, -(-max(keys) // split_len)
-    return batch.plans["splits", window]
+    processors = multiprocessors_of(device)
+    lens = batch.lens[:batch.num_decodes]
+    begins = [max(0, length - window) // TILE * TILE if window else 0 for length in lens]
+    tiles = [-(-(length - begin) // TILE) for begin, length in zip(begins, lens)]
+    share = max(1, -(-sum(tiles) * K // (2 * processors)))     # tiles per split, at most
+    work = []
+    for b, (begin, count, length) in enumerate(zip(begins, tiles, lens)):
+        splits = -(-count // share)
+        cuts = [begin + TILE * (count * i // splits) for i in range(splits)] + [length]
+        table = b * batch.block_tables_BM.shape[1]
+        work += [(b, table, *cuts[i:i + 2], len(work), splits) for i in range(splits)]
+    most = 2 * processors // K + len(lens)
+    return work + [(-1, 0, 0, 0, 0, 0)] * (most - len(work))
 
 
-def _plan_tiles(batch: Batch, tokens: int, device) -> Tensor:
-    """int32 [tiles, 2]: the request and first token of every tile of query rows in the step."""
-    if "tiles" not in batch.plans:
-        batch.plans["tiles"] = torch.tensor(
-            [(b, first) for b in range(batch.num_decodes, len(batch.rows))
-             for first in range(0, batch.rows[b].stop - batch.rows[b].start, tokens)],
-            dtype=torch.int32).to(device, non_blocking=True)
-    return batch.plans["tiles"]
+def refresh(static: Batch, batch: Batch, K: int):
+    """Put a step into the batch that a captured graph reads: same requests and plans, other contents."""
+    static.memory[:len(batch.memory)].copy_(batch.memory)
+    for (_, window, TILE), (work, *_) in static.plans.items():
+        work.copy_(torch.tensor(share_out(batch, K, window, TILE, work.device), dtype=torch.int32))
+
+
+def plan_prefill(batch: Batch, tokens: int, device) -> Tensor:
+    """The tiles of query rows of the step's prompts, int32 [tiles, 2]: request and first token. The longest sweeps start first."""
+    if "prefill" not in batch.plans:
+        work = [(b, first) for b in range(batch.num_decodes, len(batch.rows))
+                for first in range(0, batch.rows[b].stop - batch.rows[b].start, tokens)]
+        work.sort(key=lambda tile: batch.lens[tile[0]] - batch.rows[tile[0]].stop + batch.rows[tile[0]].start + tile[1], reverse=True)
+        batch.plans["prefill"] = torch.tensor(work, dtype=torch.int32).to(device, non_blocking=True)
+    return batch.plans["prefill"]
 
 
 def write_kv_triton(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, slots_T: Tensor):
     """Put the step's K and V into their slots of the pool."""
     (T, K, D), (_, N, S, _) = k_TKD.shape, k_KNSD.shape
-    _write_kv_kernel[(T, K)](k_TKD, v_TKD, k_KNSD, v_KNSD, slots_T, k_TKD.stride(0), v_TKD.stride(0),
-                             N * S * D, D, triton.next_power_of_2(D))
+    _write_kv_kernel[(T,)](k_TKD, v_TKD, k_KNSD, v_KNSD, slots_T, k_TKD.stride(0), v_TKD.stride(0), N * S * D,
+                           K, triton.next_power_of_2(K), D, triton.next_power_of_2(D))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -399,6 +512,8 @@ def check(backend: str, device: torch.device, dtype: torch.dtype, H: int, K: int
         return
     if triton is None:
         raise ValueError("attention='triton' needs the triton package, which is not installed: use attention='torch'")
+    if triton.next_power_of_2(H // K) * max(16, triton.next_power_of_2(D)) * dtype.itemsize > 65536 and not INTERPRETED:
+        raise ValueError(f"{H // K} query heads of size {D} per KV head do not fit into a tile of {dtype}: use attention='torch'")
     if INTERPRETED and dtype == torch.bfloat16:
         raise ValueError("Triton's interpreter multiplies bfloat16 wrongly: use float32 or float16, "
                          "or attention='torch'")

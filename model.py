@@ -296,9 +296,9 @@ class Checkpoint:
         target.copy_(source.T if transpose else source)
 
 
-def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dtype) -> dict[str, list[Part]]:
-    """Every part by its name in NAMES, one entry per layer (or one). Raises ValueError naming a bad tensor."""
-    checkpoint = Checkpoint(folder)
+def empty_weights(c: Config, device: torch.device, dtype: torch.dtype) -> tuple[dict, list]:
+    """Memory for every part by its name in NAMES, one entry per layer (or one), and what to fill it with:
+    a list of (target tensor, name in the checkpoint, whether it is stored transposed)."""
     gate_and_up = [c.I, c.I] if c.family == "llama" else [c.I]
     # part: rows of each of its tensors, and columns (0: a vector)
     shapes = {"embedding": ([c.V], c.E), "position": ([c.context], c.E), "attn_norm": ([c.E], 0),
@@ -312,7 +312,7 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
     if c.tied:
         del shapes["head"]
 
-    jobs, expected, parts = [], {}, {}     # jobs: (target, name, transpose), done once everything is known to be there
+    parts, jobs = {}, []
     for part, (rows, columns) in shapes.items():
         pattern = NAMES[part][c.family == "llama"]
         if not pattern:
@@ -327,10 +327,17 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
                 made[kind] = torch.empty((sum(rows), width) if width else sum(rows), dtype=dtype, device=device)
                 for target, module in zip(made[kind].split(rows), expand(pattern.replace("{l}", str(l)))):
                     jobs.append((target, f"{module}.{kind}", transpose and kind == "weight"))
-                    expected[jobs[-1][1]] = tuple(target.shape)[::-1 if jobs[-1][2] else 1]
             parts.setdefault(part, []).append(Part(**made))
-    checkpoint.check(expected)
+    if c.tied:
+        parts["head"] = parts["embedding"]
+    return parts, jobs
 
+
+def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dtype) -> dict[str, list[Part]]:
+    """The parts of a checkpoint, straight from its mapped files. Raises ValueError naming a bad tensor."""
+    checkpoint = Checkpoint(folder)
+    parts, jobs = empty_weights(c, device, dtype)
+    checkpoint.check({name: tuple(target.shape)[::-1 if transpose else 1] for target, name, transpose in jobs})
     begin, total, done, shown = time.perf_counter(), sum(t.nbytes for t, *_ in jobs), 0, False
     for target, name, transpose in jobs:
         checkpoint.read_into(target, name, transpose)
@@ -340,11 +347,14 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
             print(f"\rloading {folder}: {done / total:4.0%} of {total / 1e9:.1f} GB", end="", file=sys.stderr, flush=True)
     if shown:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-    if c.tied:
-        parts["head"] = parts["embedding"]
-    if c.qk_norm:   # one weight per head: q's for each query head, then k's for each KV head
-        parts["qk_norm"] = [Part(torch.cat([p.weight[:c.D].expand(c.H, -1), p.weight[c.D:].expand(c.K, -1)]))
-                            for p in parts["qk_norm"]]
+    return parts
+
+
+def random_weights(c: Config, device: torch.device, dtype: torch.dtype) -> dict[str, list[Part]]:
+    """Weights of the right shape that know nothing, for measuring; matrices are scaled to keep activations of order one."""
+    parts, jobs = empty_weights(c, device, dtype)
+    for target, *_ in jobs:
+        target.normal_(0, 0.02) if target.dim() > 1 else target.fill_(1)
     return parts
 
 
@@ -359,12 +369,15 @@ def expand(pattern: str) -> list[str]:
 # The forward pass
 
 class Model:
-    """GPT-2 or Llama over a ragged batch. `weights` as `load_weights` gives them."""
+    """GPT-2 or Llama over a ragged batch. `weights` as `load_weights` or `random_weights` gives them."""
 
     def __init__(self, config: Config, weights: dict[str, list[Part]], attention: str):
         self.config, self.weights = config, weights
         self.attention, self.write_kv = ATTENTION[attention], WRITE_KV[attention]
         self.device = weights["embedding"][0].weight.device
+        if config.qk_norm:   # one weight per head: q's for each query head, then k's for each KV head
+            self.qk_norm = [torch.cat([p.weight[:config.D].expand(config.H, -1), p.weight[config.D:].expand(config.K, -1)])
+                            for p in weights["qk_norm"]]
         if config.rope:
             self.frequencies = rope_frequencies(config.rope, config.D).to(self.device)
 
@@ -384,7 +397,7 @@ class Model:
             qkv = linear(norm(x_TE, w["attn_norm"][l], c.eps), w["qkv"][l]).unflatten(-1, (H + 2 * K, D))
             qk, v_TKD = qkv.split([H + K, K], 1)
             if c.qk_norm:
-                qk = F.rms_norm(qk, (D,), eps=c.eps) * w["qk_norm"][l].weight
+                qk = F.rms_norm(qk, (D,), eps=c.eps) * self.qk_norm[l]
             if llama:
                 qk = rotate(qk, cos_T1D, sin_T1D)
             q_THD, k_TKD = qk.split([H, K], 1)

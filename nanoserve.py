@@ -34,7 +34,7 @@ from torch import Tensor
 
 import kernels
 from kernels import Chunk, make_batch
-from model import DTYPES, Model, load_tokenizer, load_weights, read_config
+from model import DTYPES, Config, Model, load_tokenizer, load_weights, random_weights, read_config
 from paged_kv import BlockTable, KVPool
 
 
@@ -234,25 +234,65 @@ def sample(logits_BV: Tensor, params: list[SamplingParams], uniforms: list[float
 
 
 # ---------------------------------------------------------------------------------------------
+# CUDA graphs
+
+class DecodeGraphs:
+    """Decode steps recorded once per batch size and replayed, so that the GPU does not wait for Python to launch kernels.
+
+    A graph repeats its launches on the same memory, so everything that changes between steps is copied into a batch
+    that stays, and a step of 5 requests runs as one of 8, with padding that owns nothing. Tokens are the same.
+    """
+
+    def __init__(self, model: Model, pool: KVPool, most_blocks: int, device: torch.device):
+        self.model, self.pool, self.most_blocks, self.device = model, pool, most_blocks, device
+        self.recorded = {}    # batch size -> (batch that stays, replay, logits)
+
+    @torch.inference_mode()
+    def run(self, chunks: list[Chunk]) -> Tensor:
+        """Logits of a step in which every chunk is a single token."""
+        n = len(chunks)
+        size = 1 << (n - 1).bit_length() if n <= 8 else -(-n // 8) * 8    # 1, 2, 4, 8, 16, 24, ...
+        if size not in self.recorded:
+            static = make_batch([kernels.PADDING] * size, self.pool.block_size, self.device, self.most_blocks)
+            self.recorded[size] = static, *record(lambda: self.model(static, self.pool))
+        static, replay, logits_BV = self.recorded[size]
+        kernels.refresh(static, make_batch(chunks + [kernels.PADDING] * (size - n), self.pool.block_size), self.model.config.K)
+        replay()
+        return logits_BV[:n]
+
+
+def record(step):
+    """A function that repeats what `step` launches on the GPU, and the tensor in which each repetition leaves its result."""
+    step()   # compiles the kernels and plans their work outside of the recording
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph.replay, result
+
+
+# ---------------------------------------------------------------------------------------------
 # The engine
 
 class LLM:
     """A model, its KV pool and the loop.
 
-    model: a checkpoint folder. device: "auto" takes a GPU if there is one. dtype: "auto" is the
+    model: a checkpoint folder, or a Config for random weights of that shape. device: "auto" takes a GPU if there is one. dtype: "auto" is the
     checkpoint's own on a GPU and float32 on a CPU. attention: "auto" is "triton" on a GPU and "torch"
     elsewhere; "triton" on a CPU runs the same kernels in Triton's interpreter, slowly. block_size:
     tokens per KV block; num_blocks: blocks in the pool; max_batched_tokens: tokens per step; None is
     what suits the device. max_seqs: requests that may run at once. prefix_cache: whether to look for
-    prompts' beginnings among blocks computed before.
+    prompts' beginnings among blocks computed before. cuda_graphs: whether decode steps are replayed; None: wherever
+    attention is "triton" on a GPU.
     Raises ValueError, in one sentence, for what does not exist or does not fit.
     """
 
-    def __init__(self, model: str | Path, device: str = "auto", dtype: str = "auto", attention: str = "auto",
+    def __init__(self, model: str | Path | Config, device: str = "auto", dtype: str = "auto", attention: str = "auto",
                  block_size: int | None = None, num_blocks: int | None = None, max_batched_tokens: int | None = None,
-                 max_seqs: int = 64, prefix_cache: bool = True):
-        folder = Path(model)
-        self.config = c = read_config(folder)
+                 max_seqs: int = 64, prefix_cache: bool = True, cuda_graphs: bool | None = None):
+        random = isinstance(model, Config)
+        self.folder = None if random else Path(model)
+        self.config = c = model if random else read_config(self.folder)
         self.device = find_device(device)
         gpu = self.device.type == "cuda"
         name = str(dtype).removeprefix("torch.")
@@ -269,11 +309,15 @@ class LLM:
                 raise ValueError(f"{what} is {value}: it must be a whole number, 1 or more")
         kernels.check(attention, self.device, DTYPES[name], c.H, c.K, c.D, block_size)
 
-        self.tokenizer = load_tokenizer(folder)
-        self.folder = folder
-        self.model = Model(c, load_weights(folder, c, self.device, DTYPES[name]), attention)
+        self.tokenizer = None if random else load_tokenizer(self.folder)
+        weights = (random_weights(c, self.device, DTYPES[name]) if random else
+                   load_weights(self.folder, c, self.device, DTYPES[name]))
+        self.model = Model(c, weights, attention)
         self.pool = self._make_pool(block_size, num_blocks, max_seqs, DTYPES[name], prefix_cache)
         self.scheduler = Scheduler(self.pool, max_batched_tokens, max_seqs)
+        self.graphs = None
+        if gpu and attention == "triton" if cuda_graphs is None else cuda_graphs:
+            self.graphs = DecodeGraphs(self.model, self.pool, self.pool.blocks_for(c.context), self.device)
         self.requests: dict[int, Request] = {}
         self.next_id = 0
 
@@ -354,6 +398,8 @@ class LLM:
         return [request.output for request in ready]
 
     def _run(self, chunks: list[Chunk]) -> Tensor:
+        if self.graphs and all(len(chunk.tokens) == 1 for chunk in chunks):
+            return self.graphs.run(chunks)
         return self.model(make_batch(chunks, self.pool.block_size, self.device), self.pool)
 
     def abort(self, request_id: int):

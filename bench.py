@@ -1,0 +1,251 @@
+"""Measure, then compare with what the hardware allows.
+
+    python bench.py kernels    the attention kernels: without a GPU, what the compiler makes of them for GPUs that are
+                               not here; with one, whether they are right and how near to its limits they run
+
+The two limits: a kernel moves bytes and does operations, and takes at least bytes / bandwidth and at least
+operations / peak. Both ceilings are measured on the machine, not read from its brochure, and a result is quoted as
+the share of the ceiling that binds it (the roofline, Williams et al. 2009).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import kernels
+from kernels import Chunk, make_batch
+from model import Config, read_config
+from nanoserve import LLM, SamplingParams
+
+# Shapes of known models, in the words of their config.json, for random weights: nothing is downloaded.
+SHAPES = {
+    "gpt2": dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, dtype="bfloat16"),
+    "llama-8b": dict(model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                     num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0,
+                     rms_norm_eps=1e-5, dtype="bfloat16"),
+}
+
+
+def config_of(shape: str) -> Config:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
+        return read_config(Path(folder))
+
+
+def print_table(title: str, header: list[str], rows: list[list]):
+    """A table of at most 100 columns; numbers to the right."""
+    cells = [header] + [[f"{c:,.2f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    print(f"\n{title}\n")
+    for row in cells:
+        line = "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        print(line.rstrip())
+
+
+# ---------------------------------------------------------------------------------------------
+# Without a GPU: compile every kernel for GPUs that are not here, and read what came out
+
+REGISTERS, WARPS = 65536, 64                                # per multiprocessor, on every GPU below
+SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # bytes per multiprocessor; each program costs 1 KiB more
+UNITS = {"wgmma": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}   # the instruction that feeds the matrix units
+
+
+def compile_launches(launch, capability: int) -> list[dict]:
+    """Run `launch` on tensors of the CPU, but compile each Triton kernel for sm_<capability> instead of running it."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction, mangle_type
+    found = []
+
+    def compile_instead(kernel, *args, grid, warmup, **options):
+        launch_options = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+        values = dict(zip(kernel.arg_names, args)) | options
+        constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+        signature = {p.name: "constexpr" if p.is_constexpr else mangle_type(values[p.name]) for p in kernel.params}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params)   # as a real launch would find
+                   if not p.is_constexpr and (torch.is_tensor(values[p.name]) or values[p.name] % 16 == 0)}
+        import triton
+        binary = triton.compile(ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", capability, 32), launch_options)
+        registers, spills = resources(binary.asm["cubin"])
+        warps, shared = binary.metadata.num_warps, binary.metadata.shared
+        programs = min(REGISTERS // (32 * warps * -(-registers // 8) * 8), WARPS // warps, SHARED[capability] // (shared + 1024), 32)
+        found.append(dict(
+            kernel=kernel.__name__.strip("_").removesuffix("_kernel"), gpu=f"sm_{capability}",
+            tile=f"{constants['ROWS']} x {constants['TILE']}" if "TILE" in constants else "-",
+            warps=warps, stages=binary.metadata.num_stages, registers=registers, spills=spills, shared=shared / 1024,
+            units=next((name for word, name in UNITS.items() if word in binary.asm["ptx"]), "-"),
+            programs=programs, occupancy=programs * warps / WARPS))
+
+    run, JITFunction.run = JITFunction.run, compile_instead
+    pretend, kernels.capability_of = kernels.capability_of, lambda device: capability
+    try:
+        launch()
+    finally:
+        JITFunction.run, kernels.capability_of = run, pretend
+    return found
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of spilled registers, by NVIDIA's cuobjdump, which comes with Triton."""
+    import triton
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return int(registers), int(stack)
+
+
+def launch_all(D: int, dtype: torch.dtype = torch.bfloat16):
+    """One launch of every kernel, with 32 query and 8 KV heads and blocks of 64 tokens."""
+    pool_KNSD, q_THD = torch.empty(8, 9, 64, D, dtype=dtype), torch.empty(81, 32, D, dtype=dtype)
+    batch = make_batch([Chunk([0], 99, [1, 2]), Chunk([0] * 80, 0, [3, 4])], 64)
+    kernels.write_kv_triton(q_THD[:, :8], q_THD[:, :8], pool_KNSD, pool_KNSD, batch.slots_T)
+    kernels.attention_triton(q_THD, pool_KNSD, pool_KNSD, batch, D ** -0.5)
+
+
+def show_compiled():
+    rows = []
+    for D in (64, 128, 256):
+        for capability in SHARED:
+            if sys.stderr.isatty():
+                print(f"\r\x1b[Kcompiling for sm_{capability}, head size {D}", end="", file=sys.stderr, flush=True)
+            rows += [[f"{c['kernel']}, D = {D}", c["gpu"], c["tile"], c["warps"], c["stages"], c["registers"], c["spills"],
+                      f"{c['shared']:.0f}", c["units"], c["programs"], f"{c['occupancy']:.0%}"]
+                     for c in compile_launches(lambda: launch_all(D), capability)]
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    rows.sort(key=lambda row: row[0].split(",")[0])
+    print_table("The kernels as compiled for bfloat16, 32 query and 8 KV heads, blocks of 64 tokens",
+                ["kernel", "GPU", "tile", "warps", "stages", "regs", "spills", "KiB", "units", "per SM", "occupancy"], rows)
+    print("\ntile: query rows x keys; regs: registers per thread; spills: bytes of them that did not fit; KiB: shared\n"
+          "memory; units: the instruction that feeds the matrix units; per SM: programs that fit on one multi-\n"
+          "processor by registers, shared memory and warps; occupancy: the share of its warps that they fill.")
+
+
+# ---------------------------------------------------------------------------------------------
+# With a GPU: check, then time
+
+def paged_inputs(lens: list[tuple[int, int]], H: int, K: int, D: int, S: int, dtype) -> tuple:
+    """q, K and V pools with shuffled blocks, and the batch, for requests of (query tokens, past)."""
+    need = [-(-(n + past) // S) for n, past in lens]
+    blocks = torch.randperm(sum(need)).tolist()
+    batch = make_batch([Chunk([0] * n, past, [blocks.pop() for _ in range(b)]) for (n, past), b in zip(lens, need)], S, "cuda")
+    q = torch.randn(sum(n for n, _ in lens), H, D, device="cuda", dtype=dtype)
+    k, v = (torch.randn(K, sum(need), S, D, device="cuda", dtype=dtype) for _ in "kv")
+    return q, k, v, batch, D ** -0.5
+
+
+def gpu_seconds(calls: list, repeats: int = 20) -> float:
+    """Median seconds of one call, by CUDA events around a replayed graph of all of them (so that launching costs nothing)."""
+    for call in calls:   # compile, plan
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeats + 2):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1000 / len(calls))
+    return statistics.median(times[2:])
+
+
+def check_on_gpu():
+    """Every kernel against the float64 definition, on fresh random data. Raises AssertionError at the first that differs."""
+    worst = 0.0
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)):
+        for D in (64, 80, 128, 256):
+            for H, K in ((8, 8), (32, 8), (14, 2), (71, 1)):
+                for S, window in ((64, None), (16, None), (64, 100)):
+                    inputs = paged_inputs([(1, 700), (1, 0), (1, 3000), (300, 500), (77, 0)], H, K, D, S, dtype)
+                    exact = kernels.attention_naive(*[x.double() if torch.is_tensor(x) else x for x in inputs], window)
+                    error = (kernels.attention_triton(*inputs, window) - exact).abs().max().item()
+                    assert error < tolerance, f"{dtype}, D={D}, {H}:{K} heads, blocks of {S}, window {window}: error {error}"
+                    worst = max(worst, error / tolerance)
+    print(f"All kernels equal the float64 definition; the largest error is {worst:.0%} of what the dtype allows.")
+
+
+def show_measured():
+    check_on_gpu()
+    a, b = (torch.empty(1 << 30, dtype=torch.int8, device="cuda") for _ in "ab")
+    bandwidth = 2 * a.nbytes / gpu_seconds([lambda: b.copy_(a)])
+    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    peak = 2 * 8192 ** 3 / gpu_seconds([lambda: x @ x])
+    del a, b, x
+    print(f"Ceilings: copy {bandwidth / 1e12:.2f} TB/s, bfloat16 product {peak / 1e12:.0f} TFLOP/s")
+
+    rows, H, K, D = [], 32, 8, 128
+    for T in (2048, 8192, 16384):
+        operations = 4 * D * H * T * T / 2
+        sets = [paged_inputs([(T, 0)], H, K, D, 64, torch.bfloat16) for _ in range(max(2, 32768 // T))]   # more than the L2 holds
+        ours = gpu_seconds([lambda s=s: kernels.attention_triton(*s) for s in sets])
+        row = [f"prefill {T}", f"{operations / ours / 1e12:.0f} TFLOP/s", f"{operations / ours / peak:.0%}"]
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            qkv = [torch.randn(1, h, T, D, device="cuda", dtype=torch.bfloat16) for h in (H, K, K)]
+            with sdpa_kernel(backend):
+                theirs = gpu_seconds([lambda: F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)] * 4)
+            row.append(theirs / ours)
+        rows.append(row)
+    print_table("Causal prefill through block tables, bfloat16, 32:8 heads, head size 128",
+                ["", "ours", "of the product", "x flash", "x cuDNN"], rows)
+
+    rows = []
+    for B, T in ((1, 131072), (8, 16384), (64, 4096), *((B, 8192) for B in (1, 2, 3, 4, 7, 8, 9, 12, 15, 16, 17, 24, 32))):
+        inputs = paged_inputs([(1, T - 1)] * B, H, K, D, 64, torch.bfloat16)
+        moved = 2 * B * T * K * D * 2
+        seconds = gpu_seconds([lambda: kernels.attention_triton(*inputs)] * (1 if moved > 2e8 else 1 + int(2e8 / moved)))
+        rows.append([f"decode {B} x {T}", f"{seconds * 1e6:.0f} us", f"{moved / seconds / 1e12:.2f} TB/s", f"{moved / seconds / bandwidth:.0%}"])
+    print_table("Decode through block tables, bfloat16, 32:8 heads, head size 128", ["", "time", "K and V read at", "of the copy"], rows)
+
+    rows = []
+    for shape in SHAPES:
+        llm = LLM(config_of(shape))
+        weights = sum(p.weight.nbytes for name, parts in llm.model.weights.items() for p in parts if name not in ("position", "embedding"))
+        params = SamplingParams(max_tokens=400, ignore_eos=True)
+        llm.generate([[1] * 100], params)   # compile and record
+        tps = statistics.median(llm.generate([[1] * 100], params)[0].tps for _ in range(5))
+        kv = 2 * llm.config.L * llm.config.K * llm.config.D * 2 * 300   # bytes at the mean context
+        bound = bandwidth / (weights + kv)
+        rows.append([shape, f"{tps:.0f}", f"{bound:.0f}", f"{tps / bound:.0%}"])
+        del llm
+    print_table("End to end at batch 1, random weights, bfloat16", ["", "tokens/s", "bandwidth bound", "reached"], rows)
+    print("\nThe bound: bytes of the weights that a token reads, and of its K and V, over the copy's bandwidth.")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="bench.py", description="Measure, then compare with what the hardware allows.")
+    parser.add_argument("command", choices=["kernels"], help="kernels: the attention kernels, compiled or measured")
+    parser.parse_args()
+    if kernels.triton is None:
+        sys.exit("bench.py: the kernels need the triton package, which is not installed: pip install -r requirements.txt on Linux")
+    if torch.cuda.is_available():
+        print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {kernels.triton.__version__}")
+        show_measured()
+    elif kernels.INTERPRETED:   # the compiler instead of the interpreter, which must be chosen before the import
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "0"})
+    else:
+        print(f"No GPU here: PyTorch {torch.__version__}, Triton {kernels.triton.__version__}")
+        show_compiled()
+
+
+if __name__ == "__main__":
+    main()
