@@ -502,8 +502,8 @@ def check(backend: str, device: torch.device, dtype: torch.dtype, H: int, K: int
         raise ValueError(f"unknown attention {backend!r}: choose auto, {', '.join(ATTENTION)}")
     if H % K:
         raise ValueError(f"{H} query heads cannot share {K} KV heads evenly")
-    if not 8 <= D <= 256:
-        raise ValueError(f"head size {D} is not supported: it must be 8 to 256")
+    if not 1 <= D <= 256:
+        raise ValueError(f"head size {D} is not supported: it must be 256 at most")
     if S < 1:
         raise ValueError(f"block size {S} is not supported: it must be at least 1")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):

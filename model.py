@@ -19,10 +19,12 @@ import codecs
 import difflib
 import json
 import math
+import os
 import re
 import sys
 import time
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -42,7 +44,7 @@ MODEL_TYPES = {"gpt2": ("GPT2LMHeadModel", "GPT2Model"), "llama": ("LlamaForCaus
                "mistral": ("MistralForCausalLM", "MistralModel"), "qwen2": ("Qwen2ForCausalLM", "Qwen2Model"),
                "qwen3": ("Qwen3ForCausalLM", "Qwen3Model")}
 ACTIVATIONS = {"gelu_new": partial(F.gelu, approximate="tanh"), "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-               "gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+               "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -70,29 +72,38 @@ class Config:
     dtype: str                     # in which the weights were stored
 
 
+KINDS = {int: "a whole number from 1 to 2147483647", float: "a number above 0", bool: "true or false", str: "text", list: "a list",
+         dict: "an object"}
+
+
 class Fields:
-    """A JSON object whose missing or mistyped entries are named in the error."""
+    """A JSON object from a file; a missing or mistyped entry is named in the error."""
 
     def __init__(self, path: Path):
         self.path, self.values = path, read_json(path)
 
-    def get(self, key: str, default=None):
+    def get(self, key: str, kind: type, default=None):
+        """The entry, or the default where it is absent or null. int and float mean sizes: above 0."""
         value = self.values.get(key)
-        return default if value is None else value
+        if value is None:
+            return default
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (number and 0 < value < (2 ** 31 if kind is int else math.inf) and (kind is float or isinstance(value, int))
+                if kind in (int, float) else isinstance(value, kind)):
+            raise ValueError(f"{self.path}: {key!r} is {str(value)[:50]!r}, not {KINDS[kind]}")
+        return value
 
-    def size(self, key: str, default: int | None = None) -> int:
-        """A positive whole number."""
-        value = self.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            state = "is missing" if value is None else f"is {value!r}, not a positive whole number"
-            raise ValueError(f"{self.path}: {key!r} {state}")
+    def need(self, key: str, kind: type, default=None):
+        value = self.get(key, kind, default)
+        if value is None:
+            raise ValueError(f"{self.path}: {key!r} is missing: fetch the file again")
         return value
 
 
 def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): fetch the file again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} does not hold a JSON object: fetch the file again")
@@ -106,21 +117,24 @@ def read_config(folder: Path) -> Config:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: give --model a checkpoint folder in Hugging Face's layout")
     raw = Fields(folder / "config.json")
-    kind, architectures = raw.get("model_type"), raw.get("architectures", [])
+    kind, architectures = raw.get("model_type", str), raw.get("architectures", list, [])
     if kind is None and architectures:
         kind = next((k for k, names in MODEL_TYPES.items() if architectures[0] in names), None)
-    if kind not in MODEL_TYPES or not set(architectures) <= set(MODEL_TYPES[kind]):
+    if kind not in MODEL_TYPES or any(name not in MODEL_TYPES[kind] for name in architectures):
         raise ValueError(f"{raw.path}: architecture {(architectures or [kind])[0]!r} is not supported: "
                          f"only {', '.join(names[0] for names in MODEL_TYPES.values())} are")
-    if raw.get("quantization_config"):
+    if raw.values.get("quantization_config"):
         raise ValueError(f"{raw.path}: 'quantization_config' is not supported: use the unquantised checkpoint")
 
-    eos = raw.get("eos_token_id", [])
+    eos = raw.values.get("eos_token_id")
     if (folder / "generation_config.json").is_file():
-        eos = Fields(folder / "generation_config.json").get("eos_token_id", eos)
-    common = {"eos": eos if isinstance(eos, list) else [eos],
-              "dtype": str(raw.get("dtype", raw.get("torch_dtype", "float32"))).removeprefix("torch.")}
-    c = (read_gpt2_config if kind == "gpt2" else read_llama_config)(raw, kind, common)
+        generation = read_json(folder / "generation_config.json").get("eos_token_id")
+        eos = eos if generation is None else generation
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(i, int) for i in eos):
+        raise ValueError(f"{raw.path}: 'eos_token_id' is {eos!r}, not a token id or a list of them")
+    dtype = raw.get("dtype", str, raw.get("torch_dtype", str, "float32")).removeprefix("torch.")
+    c = (read_gpt2_config if kind == "gpt2" else read_llama_config)(raw, kind, {"eos": eos, "dtype": dtype})
     if c.activation not in ACTIVATIONS:
         raise ValueError(f"{raw.path}: activation {c.activation!r} is not supported: only {', '.join(ACTIVATIONS)} are")
     if c.H % c.K:
@@ -129,61 +143,69 @@ def read_config(folder: Path) -> Config:
 
 
 def read_gpt2_config(raw: Fields, kind: str, common: dict) -> Config:
-    E, H, L = raw.size("n_embd"), raw.size("n_head"), raw.size("n_layer")
+    E, H, L = raw.need("n_embd", int), raw.need("n_head", int), raw.need("n_layer", int)
     if E % H:
         raise ValueError(f"{raw.path}: 'n_embd' {E} is not a multiple of 'n_head' {H}")
-    if raw.get("add_cross_attention"):
+    if raw.get("add_cross_attention", bool):
         raise ValueError(f"{raw.path}: 'add_cross_attention' is not supported: only decoders that stand alone are")
-    scale = (E // H) ** -0.5 if raw.get("scale_attn_weights", True) else 1.0
-    by_layer = raw.get("scale_attn_by_inverse_layer_idx", False)
+    scale = (E // H) ** -0.5 if raw.get("scale_attn_weights", bool, True) else 1.0
+    by_layer = raw.get("scale_attn_by_inverse_layer_idx", bool)
     return Config(
-        family="gpt2", L=L, E=E, H=H, K=H, D=E // H, I=raw.size("n_inner", 4 * E), V=raw.size("vocab_size"),
-        context=raw.size("n_positions", raw.get("n_ctx", 1024)),
-        activation=raw.get("activation_function", "gelu_new"), eps=raw.get("layer_norm_epsilon", 1e-5),
-        biased={"qkv", "out", "up", "down"}, qk_norm=False, tied=raw.get("tie_word_embeddings", True),
-        scales=[scale / (l + 1 if by_layer else 1) for l in range(L)], windows=[None] * L,
-        rope={}, **common)
+        family="gpt2", L=L, E=E, H=H, K=H, D=E // H, I=raw.get("n_inner", int, 4 * E), V=raw.need("vocab_size", int),
+        context=raw.get("n_positions", int, raw.get("n_ctx", int, 1024)),
+        activation=raw.get("activation_function", str, "gelu_new"), eps=raw.get("layer_norm_epsilon", float, 1e-5),
+        biased={"qkv", "out", "up", "down"}, qk_norm=False, tied=raw.get("tie_word_embeddings", bool, True),
+        scales=[scale / (l + 1 if by_layer else 1) for l in range(L)], windows=[None] * L, rope={}, **common)
 
 
 def read_llama_config(raw: Fields, kind: str, common: dict) -> Config:
-    E, H, L = raw.size("hidden_size"), raw.size("num_attention_heads"), raw.size("num_hidden_layers")
-    D = raw.size("head_dim", E // H)
+    E, H, L = raw.need("hidden_size", int), raw.need("num_attention_heads", int), raw.need("num_hidden_layers", int)
+    D = raw.get("head_dim", int, max(1, E // H))
     # Mistral slides a window over every layer, Qwen over some of them and only if told to.
-    window = raw.get("sliding_window") if kind == "mistral" or raw.get("use_sliding_window") else None
-    full = 0 if kind == "mistral" else raw.get("max_window_layers", 28)
-    layers = ["sliding_attention" if l >= full else "full_attention" for l in range(L)]
-    if kind.startswith("qwen"):
-        layers = raw.get("layer_types", layers)
+    window, layers = None, ["full_attention"] * L
+    if kind == "mistral":
+        window, layers = raw.get("sliding_window", int), ["sliding_attention"] * L
+        if "sliding_window" not in raw.values:
+            window = 4096
+    elif kind != "llama":
+        window = raw.get("sliding_window", int, 4096) if raw.get("use_sliding_window", bool) else None
+        full = raw.values.get("max_window_layers", 28)   # 0 is possible
+        if not isinstance(full, int):
+            raise ValueError(f"{raw.path}: 'max_window_layers' is {full!r}, not a whole number")
+        layers = raw.get("layer_types", list, ["full_attention" if l < full else "sliding_attention" for l in range(L)])
     for name in layers:
         if name not in ("sliding_attention", "full_attention"):
             raise ValueError(f"{raw.path}: layer type {name!r} is not supported: "
                              "only sliding_attention and full_attention are")
     if len(layers) != L:
         raise ValueError(f"{raw.path}: 'layer_types' names {len(layers)} layers, 'num_hidden_layers' is {L}")
-    attention_bias = {"qwen2": {"qkv"}}.get(kind, {"qkv", "out"} if raw.get("attention_bias") and kind != "mistral" else set())
-    mlp_bias = {"up", "down"} if raw.get("mlp_bias") and kind == "llama" else set()
+    biased = {"qkv"} if kind == "qwen2" else {"qkv", "out"} if raw.get("attention_bias", bool) and kind != "mistral" else set()
+    if kind == "llama" and raw.get("mlp_bias", bool):
+        biased |= {"up", "down"}
     return Config(
-        family="llama", L=L, E=E, H=H, K=raw.size("num_key_value_heads", H), D=D,
-        I=raw.size("intermediate_size"), V=raw.size("vocab_size"), context=raw.size("max_position_embeddings"),
-        activation=raw.get("hidden_act", "silu"), eps=raw.get("rms_norm_eps", 1e-6),
-        biased=attention_bias | mlp_bias, qk_norm=kind == "qwen3", tied=raw.get("tie_word_embeddings", False),
+        family="llama", L=L, E=E, H=H, K=raw.get("num_key_value_heads", int, H), D=D,
+        I=raw.need("intermediate_size", int), V=raw.need("vocab_size", int),
+        context=raw.get("max_position_embeddings", int, {"llama": 2048, "mistral": 131072}.get(kind, 32768)),
+        activation=raw.get("hidden_act", str, "silu"), eps=raw.get("rms_norm_eps", float, 1e-6),
+        biased=biased, qk_norm=kind == "qwen3", tied=raw.get("tie_word_embeddings", bool, False),
         scales=[D ** -0.5] * L, windows=[window if name == "sliding_attention" else None for name in layers],
         rope=read_rope(raw, D), **common)
 
 
 def read_rope(raw: Fields, D: int) -> dict:
-    """{"rope_type", "rope_theta", ...} from either spelling: `rope_parameters`, or `rope_scaling` and `rope_theta`."""
-    rope = dict(raw.get("rope_parameters", raw.get("rope_scaling", {})))
+    """{"rope_type", "rope_theta", ...} from either spelling: `rope_scaling` and `rope_theta`, or `rope_parameters`."""
+    rope = dict(raw.get("rope_scaling", dict, raw.get("rope_parameters", dict, {})))
     rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    rope["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    rope["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", float, 10000.0))
     needs = {"default": (), "linear": ("factor",), "llama3": (
         "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
     if rope["rope_type"] not in needs:
         raise ValueError(f"{raw.path}: rope type {rope['rope_type']!r} is not supported: only {', '.join(needs)} are")
     for key in ("rope_theta", *needs[rope["rope_type"]]):
-        if not isinstance(rope.get(key), (int, float)):
-            raise ValueError(f"{raw.path}: rope type {rope['rope_type']!r} needs a number for {key!r}")
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) != 1 or D % 2:
+        rope[key] = rope.get(key, raw.values.get(key))
+        if not isinstance(rope[key], (int, float)) or not 0 < rope[key] < math.inf:
+            raise ValueError(f"{raw.path}: rope type {rope['rope_type']!r} needs a number above 0 for {key!r}")
+    if rope.get("partial_rotary_factor", raw.values.get("partial_rotary_factor", 1)) != 1 or D % 2:
         raise ValueError(f"{raw.path}: rotating part of a head ('partial_rotary_factor', or an odd head size) is not supported")
     return rope
 
@@ -234,28 +256,31 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.is_file():
-            names = {name: folder / file for name, file in Fields(index).get("weight_map", {}).items()}
-        elif single.is_file():
-            names = {name: single for name in self._open(single).keys()}
+        if single.is_file():
+            files = {name: single for name in self._open(single).keys()}
+        elif index.is_file():
+            files = {}
+            for name, file in Fields(index).need("weight_map", dict).items():
+                files[name] = folder / str(file)
+                if not files[name].is_file():
+                    raise ValueError(f"{files[name]}, where {index.name} places tensor {name}, is missing: fetch it into the folder")
+            for path in sorted(set(files.values())):
+                lacking = {name for name, file in files.items() if file == path} - set(self._open(path).keys())
+                if lacking:
+                    raise ValueError(f"{path} lacks tensor {min(lacking)}, which {index.name} places there: fetch both again")
         else:
             raise ValueError(f"{folder} has no model.safetensors: fetch the weights in that format "
                              "(other formats can run code when loaded, and are not read)")
-        for path in sorted(set(names.values())):
-            missing = {n for n, p in names.items() if p == path} - set(self._open(path).keys())
-            if missing:
-                raise ValueError(f"{path} lacks tensor {min(missing)}, which {index.name} places there: fetch both again")
         # "transformer." and "model." are where the language model sits inside its head's class.
-        self.names = {re.sub(r"^(transformer|model)\.", "", name): name for name in names}
-        self.files = names
-        self.folder = folder
+        self.names = {re.sub(r"^(transformer|model)\.", "", name): name for name in files}
+        self.files, self.folder = files, folder
 
     def _open(self, path: Path):
         from safetensors import SafetensorError, safe_open
+        if not os.access(path, os.R_OK):
+            raise ValueError(f"{path} cannot be read: give yourself the permission to read it")
         try:
             return safe_open(path, framework="pt")
-        except FileNotFoundError:
-            raise ValueError(f"{path} is missing: fetch it into the folder") from None
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is torn{self._torn_tensor(path)} ({error}): fetch the file again") from None
 
@@ -335,10 +360,21 @@ def empty_weights(c: Config, device: torch.device, dtype: torch.dtype) -> tuple[
 
 def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dtype) -> dict[str, list[Part]]:
     """The parts of a checkpoint, straight from its mapped files. Raises ValueError naming a bad tensor."""
-    checkpoint = Checkpoint(folder)
-    parts, jobs = empty_weights(c, device, dtype)
-    checkpoint.check({name: tuple(target.shape)[::-1 if transpose else 1] for target, name, transpose in jobs})
-    begin, total, done, shown = time.perf_counter(), sum(t.nbytes for t, *_ in jobs), 0, False
+    checkpoint, embedding = Checkpoint(folder), f"{NAMES['embedding'][c.family == 'llama']}.weight"
+    if c.tied and embedding not in checkpoint.names and "lm_head.weight" in checkpoint.names:   # tied, and stored by its other name
+        checkpoint.names[embedding] = checkpoint.names.pop("lm_head.weight")
+    _, jobs = empty_weights(c, torch.device("meta"), dtype)   # on paper first
+    expected = {name: tuple(target.shape)[::-1 if transpose else 1] for target, name, transpose in jobs}
+    if c.tied and "lm_head.weight" in checkpoint.names:
+        expected["lm_head.weight"] = c.V, c.E
+    checkpoint.check(expected)
+    total = sum(target.nbytes for target, *_ in jobs)
+    try:
+        parts, jobs = empty_weights(c, device, dtype)
+    except RuntimeError:
+        raise ValueError(f"{folder} needs {total / 1e9:.1f} GB, and {device} does not have them: "
+                         "use a smaller dtype, or another device") from None
+    begin, done, shown = time.perf_counter(), 0, False
     for target, name, transpose in jobs:
         checkpoint.read_into(target, name, transpose)
         done += target.nbytes
@@ -347,6 +383,11 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
             print(f"\rloading {folder}: {done / total:4.0%} of {total / 1e9:.1f} GB", end="", file=sys.stderr, flush=True)
     if shown:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    if c.tied and "lm_head.weight" in checkpoint.names:   # said to be tied, and yet stored: tied only if it is the same
+        head = torch.empty_like(parts["embedding"][0].weight)
+        checkpoint.read_into(head, "lm_head.weight", False)
+        if not torch.equal(head, parts["embedding"][0].weight):
+            parts["head"] = [Part(head)]
     return parts
 
 
@@ -451,11 +492,11 @@ class NeedsTokenizers(Exception):
 
 
 def load_tokenizer(folder: Path):
-    """The folder's tokenizer, or None if it has none: such a checkpoint serves token ids only."""
+    """The folder's tokenizer, or None if it has none: such a checkpoint serves token ids only. Raises ValueError."""
     file, model = folder / "tokenizer.json", folder / "tokenizer.model"
     try:
         if file.is_file():
-            return Tokenizer.from_json(read_json(file))
+            return Tokenizer.from_json(folder)
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             return Tokenizer.from_gpt2(folder)
         if model.is_file():
@@ -469,6 +510,8 @@ def load_tokenizer(folder: Path):
             return ForeignTokenizer(file)
         except ImportError:
             raise ValueError(f"{file} uses {reason}, which takes the tokenizers package: pip install tokenizers") from None
+        except Exception as error:   # the package has no exception of its own
+            raise ValueError(f"{file} cannot be used ({error}): fetch it again") from None
     except (LookupError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"the tokenizer files in {folder} are damaged ({error!r}): fetch them again") from None
 
@@ -481,59 +524,78 @@ class Tokenizer:
     Its ranks are the order of merges; `ids` turns them into the checkpoint's own token ids.
     """
 
-    def __init__(self, words: dict[bytes, int | None], splits: list[str], added: list[dict], tokens: dict[int, bytes],
-                 before: list[int] = [], after: list[int] = [], normal_form: str | None = None, prefix_space: bool = False):
+    def __init__(self, merges: dict[bytes, int | None], splits: list[str | None], added: list[dict], tokens: dict[int, bytes],
+                 before: list[int] = [], after: list[int] = [], normal_form: str | None = None, whole: dict[bytes, int] = {}):
+        """merges: token -> id, the 256 bytes first, then in the order of merging; None: the checkpoint has no token for this byte.
+        splits: patterns, each applied to the pieces of the one before; None puts a space before every piece.
+        added: tokens that are found before splitting, as in tokenizer.json. tokens: id -> bytes. before, after: ids around
+        every text. whole: words that are tokens, merges or not."""
         import regex
         import tiktoken
-        self.ids = list(words.values())   # None: the checkpoint has no token for this byte
-        *self.splits, last = [rf"(?:{split})|(?:(?!{split})[\s\S])+" for split in splits] or [r"[\s\S]+"]
-        self.splits = [regex.compile(split) for split in self.splits]
-        self.merge = tiktoken.Encoding("checkpoint", pat_str=last, special_tokens={},
-                                       mergeable_ranks={word: rank for rank, word in enumerate(words)})
+        self.ids = list(merges.values())
+        self.merge = tiktoken.Encoding("checkpoint", pat_str=r"[\s\S]+", special_tokens={},
+                                       mergeable_ranks={word: rank for rank, word in enumerate(merges)}).encode_ordinary
+        # What a pattern does not match is a piece as well.
+        self.splits = [split and regex.compile(rf"(?:{split})|(?:(?!{split})[\s\S])+") for split in splits]
         self.tokens = tokens | {a["id"]: a["content"].encode() for a in added}
-        self.added = {a["content"]: a["id"] for a in added}
         self.special = {a["id"] for a in added if a.get("special")}
-        self.before, self.after, self.normal_form, self.prefix_space = before, after, normal_form, prefix_space
-        self.finders = {special: self._finder(regex, [a for a in added if special or not a.get("special")])
-                        for special in (False, True)}
+        self.before, self.after, self.normal_form, self.whole = before, after, normal_form, whole
+        self.words = cache(self._encode_word)
+        # Added tokens are cut out of the text as it is, or as it is once normalized, special ones only if asked for.
+        self.finders = {(special, normalized): self._finder(regex, [
+            a for a in added if (special or not a.get("special")) and bool(a.get("normalized")) == normalized])
+            for special in (False, True) for normalized in (False, True)}
+        self.added = {self._normal(a["content"]) if a.get("normalized") else a["content"]: a["id"] for a in added}
 
-    @staticmethod
-    def _finder(regex, added: list[dict]):
-        """A pattern that cuts added tokens out of a text, the longest first, or None if there are none."""
+    def _finder(self, regex, added: list[dict]):
+        """A pattern that finds added tokens, the longest first."""
         def one(a):
-            pattern = f"({regex.escape(a['content'])})"
+            pattern = f"({regex.escape(self._normal(a['content']) if a.get('normalized') else a['content'])})"
             if a.get("single_word"):
                 pattern = rf"(?<!\w){pattern}(?!\w)"
             return (r"\s*" if a.get("lstrip") else "") + pattern + (r"\s*" if a.get("rstrip") else "")
         ordered = sorted(added, key=lambda a: -len(a["content"]))
-        return regex.compile("|".join(map(one, ordered))) if added else None
+        return regex.compile("|".join(map(one, ordered)) or r"(?!)")
+
+    def _cut(self, text: str, finder) -> Iterator[str | int]:
+        """The text, with the ids of the added tokens that were found in it."""
+        at = 0
+        for match in finder.finditer(text):
+            yield text[at:match.start()]
+            yield self.added[match[match.lastindex]]
+            at = match.end()
+        yield text[at:]
+
+    def _normal(self, text: str) -> str:
+        return unicodedata.normalize(self.normal_form, text) if self.normal_form else text
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids, with BOS where the checkpoint asks for it. `special`: read "<|...|>" as control tokens."""
-        ids, at, finder = list(self.before), 0, self.finders[special]
-        for match in finder.finditer(text) if finder else ():
-            ids += self._encode_words(text[at:match.start()])
-            ids.append(self.added[match[match.lastindex]])
-            at = match.end()
-        return ids + self._encode_words(text[at:]) + self.after
+        ids = list(self.before)
+        for part in self._cut(text, self.finders[special, False]):
+            for piece in [part] if isinstance(part, int) else self._cut(self._normal(part), self.finders[special, True]):
+                ids += [piece] if isinstance(piece, int) else self._encode_text(piece)
+        return ids + self.after
 
-    def _encode_words(self, text: str) -> list[int]:
-        if not text:
-            return []
-        if self.normal_form:
-            text = unicodedata.normalize(self.normal_form, text)
-        pieces = [" " + text if self.prefix_space and text[0] != " " else text]
+    def _encode_text(self, text: str) -> list[int]:
+        pieces = [text] if text else []
         for split in self.splits:
-            pieces = [match[0] for piece in pieces for match in split.finditer(piece)]
-        ranks = [rank for piece in pieces for rank in self.merge.encode_ordinary(piece)]
-        return [self.ids[rank] for rank in ranks if self.ids[rank] is not None]
+            if split is None:
+                pieces = [piece if piece[0] == " " else " " + piece for piece in pieces]
+            else:
+                pieces = [match[0] for piece in pieces for match in split.finditer(piece)]
+        return [i for piece in pieces for i in self.words(piece)]
+
+    def _encode_word(self, word: str) -> list[int]:
+        i = self.whole.get(word.encode())
+        return [self.ids[rank] for rank in self.merge(word) if self.ids[rank] is not None] if i is None else [i]
 
     def decode(self, ids: list[int], skip_special: bool = False) -> str:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
         skip = self.special if skip_special else ()
         return b"".join(self.tokens.get(i, b"") for i in ids if i not in skip).decode("utf-8", "replace")
 
-    def decoder(self):
+    def decoder(self, prompt: list[int]):
         """A function from a token, and whether it is the last, to the characters that it completes."""
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda i, last: utf8.decode(b"" if i in self.special else self.tokens.get(i, b""), last)
@@ -541,40 +603,45 @@ class Tokenizer:
     # --- from the three kinds of files
 
     @classmethod
-    def from_vocabulary(cls, vocab: dict[str, int], merges: list, splits: list[str], added: list[dict],
-                        unknown: int | None = None, ignore_merges: bool = False, **more):
+    def from_vocabulary(cls, vocab: dict[str, int], pairs: list, splits: list[str | None], added: list[dict],
+                        unknown: int | None = None, **more):
         """From GPT-2's spelling, in which a byte is a printable character and a merge is a pair of tokens."""
         characters = byte_characters()
-        words = {bytes([b]): vocab.get(characters[b], unknown) for b in range(256)}
-        for pair in merges:
+        merges = {bytes([b]): vocab.get(characters[b], unknown) for b in range(256)}
+        for pair in pairs:
             token = "".join(pair.split(" ") if isinstance(pair, str) else pair)
-            words.setdefault(to_bytes(token), vocab[token])
-        if ignore_merges:   # a word that is a token is that token, merges or not
-            for token, i in vocab.items():
-                words.setdefault(to_bytes(token), i)
-        return cls(words, splits, added, {i: to_bytes(token) for token, i in vocab.items()}, **more)
+            merges.setdefault(to_bytes(token), vocab[token])
+        return cls(merges, splits, added, {i: to_bytes(token) for token, i in vocab.items()}, **more)
 
     @classmethod
-    def from_json(cls, raw: dict):
+    def from_json(cls, folder: Path):
         """From tokenizer.json, the `tokenizers` package's own format."""
+        raw = read_json(folder / "tokenizer.json")
         model, added = raw["model"], raw.get("added_tokens") or []
+        known = {a["id"] for a in added}
+        added = added + [a for a in added_tokens(folder) if a["id"] not in known]
         if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
             raise NeedsTokenizers("a SentencePiece-style model" if model.get("byte_fallback") else f"a {model['type']} model")
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(option):
                 raise NeedsTokenizers(f"the BPE option {option}")
+        vocab = model["vocab"]
+        unknown = vocab.get(model.get("unk_token"))
+        if unknown is not None and model.get("fuse_unk") and not all(c in vocab for c in byte_characters()):
+            raise NeedsTokenizers("the BPE option fuse_unk")
         normal_form = None
         for step in steps(raw.get("normalizer"), "normalizers"):
             if step["type"] not in ("NFC", "NFD", "NFKC", "NFKD") or normal_form:
                 raise NeedsTokenizers(f"a {step['type']} normalizer")
             normal_form = step["type"]
 
-        splits, byte_level = [], {}
+        splits, byte_level = [], False
         for step in steps(raw.get("pre_tokenizer"), "pretokenizers"):
             if byte_level:
                 raise NeedsTokenizers(f"a {step['type']} pre-tokenizer after ByteLevel")
             if step["type"] == "ByteLevel":
-                byte_level = step
+                byte_level = True
+                splits += [None] if step.get("add_prefix_space", True) else []
                 splits += [GPT2_SPLIT] if step.get("use_regex", True) else []
             elif step["type"] == "Digits":
                 splits.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
@@ -597,41 +664,42 @@ class Tokenizer:
                         side += step["special_tokens"][item["SpecialToken"]["id"]]["ids"]
             elif step["type"] != "ByteLevel":
                 raise NeedsTokenizers(f"a {step['type']} post-processor")
-        unknown = model["vocab"].get(model.get("unk_token"))
-        return cls.from_vocabulary(model["vocab"], model["merges"], splits, added, unknown, model.get("ignore_merges", False),
-                                   before=before, after=after, normal_form=normal_form,
-                                   prefix_space=byte_level.get("add_prefix_space", True))
+        whole = {to_bytes(token): i for token, i in vocab.items()} if model.get("ignore_merges") else {}
+        return cls.from_vocabulary(vocab, model["merges"], splits, added, unknown, before=before, after=after,
+                                   normal_form=normal_form, whole=whole)
 
     @classmethod
     def from_gpt2(cls, folder: Path):
-        """From vocab.json and merges.txt, with what tokenizer_config.json adds, if it is there."""
-        vocab = read_json(folder / "vocab.json")
+        """From vocab.json and merges.txt, with what tokenizer_config.json and added_tokens.json add."""
+        vocab, options = read_json(folder / "vocab.json"), tokenizer_options(folder)
         lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
-        options = Fields(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else None
-        get = options.get if options else lambda key, default=None: default
-        added = [{"id": int(i), **a} for i, a in get("added_tokens_decoder", {}).items()]
+        pairs = [line for line in lines if line and not line.startswith("#version")]
+        added = added_tokens(folder)
         if not added and "<|endoftext|>" in vocab:
             added = [{"id": vocab["<|endoftext|>"], "content": "<|endoftext|>", "special": True}]
-        bos = get("bos_token", "<|endoftext|>")
-        bos = vocab.get(bos["content"] if isinstance(bos, dict) else bos)
-        qwen = get("tokenizer_class", "").startswith("Qwen2")   # the same files, another split
-        return cls.from_vocabulary(vocab, merges, [QWEN_SPLIT if qwen else GPT2_SPLIT], added,
-                                   before=[bos] if get("add_bos_token") and bos is not None else [],
-                                   normal_form="NFC" if qwen else None,
-                                   prefix_space=get("add_prefix_space", False))
+        bos = options.get("bos_token", "<|endoftext|>")
+        bos = (vocab | {a["content"]: a["id"] for a in added}).get(bos["content"] if isinstance(bos, dict) else bos)
+        qwen = str(options.get("tokenizer_class")).startswith("Qwen2")   # the same files, another split
+        return cls.from_vocabulary(vocab, pairs, [None] * bool(options.get("add_prefix_space")) + [QWEN_SPLIT if qwen else GPT2_SPLIT],
+                                   added, before=[bos] if options.get("add_bos_token") and bos is not None else [],
+                                   normal_form="NFC" if qwen else None)
 
     @classmethod
     def from_llama3(cls, path: Path):
         """From Llama 3's own tokenizer.model: a line per token, its bytes in base64 and its rank, which is its id."""
-        try:
-            pairs = [line.split() for line in path.read_text("ascii").splitlines() if line]
-            words = {base64.b64decode(word, validate=True): int(rank) for word, rank in pairs}
-        except ValueError:
-            raise NeedsTokenizers("a SentencePiece model") from None
-        words = dict(sorted(words.items(), key=lambda item: item[1]))
-        added = [{"id": len(words) + i, "content": f"<|{name}|>", "special": True} for i, name in enumerate(LLAMA3_SPECIAL)]
-        return cls(words, [LLAMA3_SPLIT], added, {i: word for word, i in words.items()}, before=[len(words)])
+        merges = {}
+        for number, line in enumerate(path.read_bytes().splitlines()):
+            try:
+                word, rank = line.split()
+                merges[base64.b64decode(word, validate=True)] = int(rank)
+            except ValueError:
+                if number == 0:
+                    raise NeedsTokenizers("a SentencePiece model") from None
+                raise ValueError(f"{path} is torn at line {number + 1}: fetch it again") from None
+        if list(merges.values()) != list(range(len(merges))) or not all(bytes([b]) in merges for b in range(256)):
+            raise ValueError(f"{path} is torn: its ranks have gaps, or a byte has none: fetch it again")
+        added = [{"id": len(merges) + i, "content": f"<|{name}|>", "special": True} for i, name in enumerate(LLAMA3_SPECIAL)]
+        return cls(merges, [LLAMA3_SPLIT], added, {i: word for word, i in merges.items()}, before=[len(merges)])
 
 
 class ForeignTokenizer:
@@ -640,6 +708,8 @@ class ForeignTokenizer:
     def __init__(self, path: Path):
         from tokenizers import Tokenizer as Inner
         self.inner = Inner.from_file(str(path))
+        self.inner.no_truncation()   # some checkpoints carry the settings of their training
+        self.inner.no_padding()
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         self.inner.encode_special_tokens = not special
@@ -648,10 +718,35 @@ class ForeignTokenizer:
     def decode(self, ids: list[int], skip_special: bool = False) -> str:
         return self.inner.decode(ids, skip_special_tokens=skip_special)
 
-    def decoder(self):
-        from tokenizers.decoders import DecodeStream
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda i, last: stream.step(self.inner, i) or ""
+    def decoder(self, prompt: list[int]):
+        """As in Tokenizer. A token's text depends on those before it (a first token loses its space), so a window of them
+        is decoded with it and without, beginning with the prompt's end; half a character waits for its other half."""
+        ids, start, done = prompt[-6:], 0, len(prompt[-6:])
+
+        def push(i: int, last: bool) -> str:
+            nonlocal start, done
+            ids.append(i)
+            before, after = self.decode(ids[start:done], True), self.decode(ids[start:], True)
+            if after.endswith("\ufffd") and not last:
+                return ""
+            start, done = done, len(ids)
+            return after[len(before):]
+        return push
+
+
+def tokenizer_options(folder: Path) -> dict:
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def added_tokens(folder: Path) -> list[dict]:
+    """Tokens that tokenizer_config.json or (before that existed) added_tokens.json add to the vocabulary."""
+    options, path = tokenizer_options(folder), folder / "added_tokens.json"
+    if options.get("added_tokens_decoder"):
+        return [{"id": int(i), **a} for i, a in options["added_tokens_decoder"].items()]
+    named = [v["content"] if isinstance(v, dict) else v for key, v in options.items() if key.endswith("_token")]
+    return [{"id": i, "content": token, "special": token in named or token.startswith("<|"), "normalized": False}
+            for token, i in (read_json(path) if path.is_file() else {}).items()]
 
 
 def steps(section: dict | None, plural: str) -> list[dict]:

@@ -53,19 +53,20 @@ class SamplingParams:
     ignore_eos: bool = False       # go on to max_tokens
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) and s for s in stop):
+            raise ValueError(f"stop is {self.stop!r}: it must be a string or several, none of them empty")
+        object.__setattr__(self, "stop", tuple(stop))
         if not is_int(self.max_tokens) or self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}: it must be a whole number, 1 or more")
-        if not 0 <= self.temperature < float("inf"):
+        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}: it must be 0 (greedy) or more")
         if not is_int(self.top_k) or self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}: it must be a whole number, 0 (off) or more")
-        if not 0 < self.top_p <= 1:
+        if not isinstance(self.top_p, (int, float)) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
         if self.seed is not None and not is_int(self.seed):
             raise ValueError(f"seed is {self.seed!r}: it must be a whole number or None")
-        if not all(isinstance(s, str) and s for s in self.stop):
-            raise ValueError("a stop string is empty or not a string: leave it out or give it a character")
 
 
 def is_int(value) -> bool:
@@ -77,9 +78,9 @@ class Output:
     """What has become of a request so far. It goes on growing until finish_reason is set."""
     id: int
     prompt_tokens: int = 0
-    text: str = ""                     # complete characters only; without the stop string and the end-of-text token
+    text: str = ""                     # never half a character while it grows; without the stop string and the end-of-text token
     token_ids: list[int] = field(default_factory=list)   # all new tokens, the end-of-text token included
-    finish_reason: str | None = None   # "stop" | "length"; "error" if the request was refused; "abort"
+    finish_reason: str | None = None   # "stop" | "length"; "error" if it was refused or failed; "abort"
     error: str | None = None           # then: why
     ttft: float = 0.0                  # time to first token, seconds from `add`
     tps: float = 0.0                   # tokens per second after the first
@@ -210,17 +211,18 @@ def sample(logits_BV: Tensor, params: list[SamplingParams], uniforms: list[float
     """One token per row: the most likely at temperature 0, else drawn by the row's uniform number in [0, 1).
 
     Tokens are put in order of probability, cut after the k-th and where their sum reaches p, and the
-    uniform number, scaled to what is left, falls into one of them.
+    uniform number, scaled to what is left, falls into one of them. -1 where logits are not finite.
     """
-    best = logits_BV.argmax(-1)
+    top, best = logits_BV.max(-1, keepdim=True)
+    best = best.masked_fill(~top.isfinite(), -1)[:, 0]
     if not any(p.temperature for p in params):
         return best.tolist()
 
     def column(values):
         return torch.tensor(values, dtype=torch.float32, device=logits_BV.device)[:, None]
 
-    V = logits_BV.shape[1]
-    logits, order = (logits_BV / column([p.temperature or 1 for p in params])).sort(dim=-1, descending=True, stable=True)
+    V, temperature = logits_BV.shape[1], column([p.temperature for p in params])
+    logits, order = ((logits_BV - top) / temperature.clamp(min=1e-6)).sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(V, device=logits.device)
     logits = logits.masked_fill(rank >= column([p.top_k or V for p in params]), -torch.inf)
     probabilities = logits.softmax(-1)
@@ -228,9 +230,9 @@ def sample(logits_BV: Tensor, params: list[SamplingParams], uniforms: list[float
     probabilities = probabilities.masked_fill((before >= column([p.top_p for p in params])) & (rank > 0), 0)
     cumulative = probabilities.cumsum(-1)
     chosen = (cumulative <= column(uniforms) * cumulative[:, -1:]).sum(-1, keepdim=True)
-    chosen = chosen.minimum((probabilities > 0).sum(-1, keepdim=True) - 1)   # rounding must not pass the last one
+    chosen = chosen.minimum((probabilities > 0).sum(-1, keepdim=True) - 1).clamp(min=0)   # rounding must not pass the last one
     drawn = order.gather(1, chosen)[:, 0]
-    return torch.where(column([p.temperature for p in params])[:, 0] > 0, drawn, best).tolist()
+    return torch.where((temperature[:, 0] > 0) & (best >= 0), drawn, best).tolist()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -305,8 +307,8 @@ class LLM:
         max_batched_tokens = (4096 if gpu else 512) if max_batched_tokens is None else max_batched_tokens
         for what, value in (("block_size", block_size), ("num_blocks", num_blocks),
                             ("max_batched_tokens", max_batched_tokens), ("max_seqs", max_seqs)):
-            if value is not None and (not is_int(value) or value < 1):
-                raise ValueError(f"{what} is {value}: it must be a whole number, 1 or more")
+            if value is not None and (not is_int(value) or not 0 < value < 2 ** 31):
+                raise ValueError(f"{what} is {str(value)[:50]}: it must be a whole number from 1 to 2147483647")
         kernels.check(attention, self.device, DTYPES[name], c.H, c.K, c.D, block_size)
 
         self.tokenizer = None if random else load_tokenizer(self.folder)
@@ -319,6 +321,7 @@ class LLM:
         if gpu and attention == "triton" if cuda_graphs is None else cuda_graphs:
             self.graphs = DecodeGraphs(self.model, self.pool, self.pool.blocks_for(c.context), self.device)
         self.requests: dict[int, Request] = {}
+        self.finished_elsewhere: list[Output] = []
         self.next_id = 0
 
     def _make_pool(self, block_size, num_blocks, max_seqs, dtype, prefix_cache) -> KVPool:
@@ -351,7 +354,7 @@ class LLM:
         self.next_id += 1
         self.requests[out.id] = request = Request(
             tokens, params, min(room, len(tokens) + params.max_tokens), out, random.Random(params.seed),
-            self.tokenizer.decoder() if self.tokenizer else None, time.perf_counter())
+            self.tokenizer.decoder(tokens) if self.tokenizer else None, time.perf_counter())
         self.scheduler.waiting.append(request)
         return out.id
 
@@ -367,6 +370,8 @@ class LLM:
             if not prompt:
                 raise ValueError("the prompt is empty: give at least one character")
             prompt = self.tokenizer.encode(prompt)
+        if not isinstance(prompt, (list, tuple)):
+            raise ValueError(f"a prompt is text or a list of token ids, and this one is {str(prompt)[:50]!r}")
         tokens = list(prompt)
         if not tokens:
             raise ValueError("the prompt is empty: give at least one token")
@@ -378,9 +383,10 @@ class LLM:
 
     def step(self) -> list[Output]:
         """One turn of the loop: schedule, run, sample. Returns the outputs that grew, some of them finished."""
+        grown, self.finished_elsewhere = self.finished_elsewhere, []
         plan = self.scheduler.schedule()
         if not plan:
-            return []
+            return grown
         # Only who has no tokens left to compute gets a new one: not a prompt that is still in pieces.
         ready = [request for request, n in plan if n == request.pending]
         logits_BV = self._run([Chunk(r.tokens[r.computed:r.computed + n], r.computed, r.table.blocks, int(n == r.pending))
@@ -389,13 +395,22 @@ class LLM:
             request.computed += n
             self.pool.commit(request.table, request.tokens, request.computed)
         if not ready:
-            return []
+            return grown
         uniforms = [r.random.random() if r.params.temperature else 0.0 for r in ready]
         for request, token in zip(ready, sample(logits_BV, [r.params for r in ready], uniforms)):
-            request.append(token, self.config.eos)
+            if token < 0:
+                request.output.finish_reason = "error"
+                request.output.error = ("the model's logits are not finite: its weights are damaged, "
+                                        "or its dtype is too small, so try float32 or bfloat16")
+            else:
+                request.append(token, self.config.eos)
             if request.output.finish_reason:
                 self._drop(request)
-        return [request.output for request in ready]
+        return grown + [request.output for request in ready]
+
+    def _step_for(self, outputs: list[Output]):
+        """A step on behalf of these; what finishes beside them is handed out by the next `step`."""
+        self.finished_elsewhere = [out for out in self.step() if out.finish_reason and out not in outputs]
 
     def _run(self, chunks: list[Chunk]) -> Tensor:
         if self.graphs and all(len(chunk.tokens) == 1 for chunk in chunks):
@@ -423,7 +438,7 @@ class LLM:
         outputs = self.start(prompts, params)
         try:
             while any(out.finish_reason is None for out in outputs):
-                self.step()
+                self._step_for(outputs)
         finally:   # interrupted: leave nothing behind
             for out in outputs:
                 self.abort(out.id)
@@ -436,6 +451,8 @@ class LLM:
         if len(params) != len(prompts):
             raise ValueError(f"there are {len(prompts)} prompts and {len(params)} sampling parameters: "
                              "give one for all or one for each")
+        if not all(isinstance(p, SamplingParams) for p in params):
+            raise ValueError("sampling parameters are SamplingParams, one for all prompts or a list of one for each")
         outputs = []
         for prompt, p in zip(prompts, params):
             try:
@@ -445,11 +462,11 @@ class LLM:
         return outputs
 
     def stream(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> Iterator[str]:
-        """The text of one prompt, piece by piece as it appears. Raises ValueError if the prompt cannot run."""
+        """The text of one prompt, piece by piece as it appears. Asking for the first raises ValueError if it cannot run."""
         out, shown = self.requests[self.add(prompt, params)].output, 0
         try:
             while out.finish_reason is None:
-                self.step()
+                self._step_for([out])
                 if len(out.text) > shown:
                     yield out.text[shown:]
                     shown = len(out.text)
@@ -523,14 +540,28 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def say(line: str, end: str = "\n"):
+    """To standard error, if anybody listens."""
+    try:
+        print(line, end=end, file=sys.stderr, flush=True)
+    except OSError:
+        pass
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of the command line; those read from elsewhere lose the newline that ends them."""
     prompts = []
     for prompt in args.prompt:
-        prompts.append(decode_utf8(sys.stdin.buffer.read(), "standard input").removesuffix("\n") if prompt == "-" else prompt)
+        if prompt == "-":
+            data = sys.stdin.buffer.read() if sys.stdin else b""   # None: the shell closed it
+            prompt = decode_utf8(data, "standard input").removesuffix("\n")
+        prompts.append(prompt)
     if args.prompts_file:
-        lines = decode_utf8(Path(args.prompts_file).read_bytes(), args.prompts_file).splitlines()
-        prompts += [line for line in lines if line.strip()]
+        try:
+            data = Path(args.prompts_file).read_bytes()
+        except OSError as error:
+            raise ValueError(f"{args.prompts_file} cannot be read ({error.strerror}): give --prompts-file a text file") from None
+        prompts += [line for line in decode_utf8(data, args.prompts_file).replace("\r\n", "\n").split("\n") if line.strip()]
     if not prompts:
         raise ValueError('there is no prompt: give --prompt "The cat sat", --prompt - or --prompts-file FILE')
     return prompts
@@ -538,7 +569,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 def decode_utf8(data: bytes, source: str) -> str:
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not valid UTF-8 at byte {error.start}: re-encode it as UTF-8") from None
 
@@ -550,9 +581,10 @@ def serve(args: argparse.Namespace) -> int:
     llm = LLM(args.model, args.device, args.dtype, args.attention, args.block_size, args.num_blocks,
               args.max_batched_tokens, args.max_seqs)
     outputs = llm.start(prompts, params)
-    for prompt, out in zip(prompts, outputs):
-        shown, echo = 0, prompt if sys.stdout.isatty() and not args.json and not out.error else ""
-        print(echo, end="", file=sys.stderr, flush=True)   # a terminal shows the whole text, a pipe gets only what is new
+    for number, (prompt, out) in enumerate(zip(prompts, outputs), 1):
+        shown = 0
+        if sys.stdout.isatty() and not args.json and not out.error:
+            say(prompt, end="")   # a terminal shows the whole text, a pipe gets only what is new
         while True:
             if not args.json and len(out.text) > shown:
                 print(out.text[shown:], end="", flush=True)
@@ -562,36 +594,41 @@ def serve(args: argparse.Namespace) -> int:
             llm.step()
         if args.json:
             print(json.dumps({"prompt": prompt} | vars(out), ensure_ascii=False), flush=True)
-        elif not out.error:
+        elif out.token_ids:
             print(flush=True)
         if out.error:
-            print(f"nanoserve.py: prompt {prompts.index(prompt) + 1}: {out.error}", file=sys.stderr)
+            say(f"nanoserve.py: prompt {number}: {out.error}")
         else:
-            print(f"prefill: {out.prompt_tokens} tokens, first token after {out.ttft * 1000:.0f} ms (TTFT) | "
-                  f"decode: {len(out.token_ids)} tokens at {out.tps:.0f} per second (TPS) | "
-                  f"KV: {out.blocks} blocks of {llm.pool.block_size} tokens", file=sys.stderr, flush=True)
+            say(f"prefill: {out.prompt_tokens} tokens, first token after {out.ttft * 1000:.0f} ms (TTFT) | "
+                f"decode: {len(out.token_ids)} tokens at {out.tps:.0f} per second (TPS) | "
+                f"KV: {out.blocks} blocks of {llm.pool.block_size} tokens")
     return 2 if any(out.error for out in outputs) else 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, 2 for bad input, 1 for a closed pipe, 130 after Ctrl-C."""
+    """Exit status: 0, 2 for bad input, 1 if standard output was closed or is full, 130 after Ctrl-C."""
     args = parse_arguments(argv)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stderr = sys.stderr or open(os.devnull, "w")   # None: the shell closed it
+    if sys.stdout is None:
+        say("nanoserve.py: standard output is closed: give the text somewhere to go")
+        return 1
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         return serve(args)
     except KeyboardInterrupt:
-        print("\nnanoserve.py: interrupted", file=sys.stderr)
+        say("\nnanoserve.py: interrupted")
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python complains again when it exits
-        print("nanoserve.py: standard output was closed before the text was complete: "
-              "keep the reader open, or ask for less with --max-tokens", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"nanoserve.py: {error}", file=sys.stderr)
+    except ValueError as error:
+        say(f"nanoserve.py: {error}")
         return 2
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python complains again when it exits
+        closed = isinstance(error, BrokenPipeError)
+        say("nanoserve.py: standard output was closed before the text was complete: keep the reader open, or ask for less with "
+            "--max-tokens" if closed else f"nanoserve.py: the text could not be written ({error.strerror}): send it elsewhere")
+        return 1
 
 
 if __name__ == "__main__":
