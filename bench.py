@@ -11,6 +11,7 @@ the share of the ceiling that binds it (the roofline, Williams et al. 2009).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -31,10 +32,11 @@ from nanoserve import LLM, SamplingParams
 
 # Shapes of known models, in the words of their config.json, for random weights: nothing is downloaded.
 SHAPES = {
-    "gpt2": dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, dtype="bfloat16"),
-    "llama-8b": dict(model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                     num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0,
-                     rms_norm_eps=1e-5, dtype="bfloat16"),
+    "gpt2": dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12,
+                 dtype="bfloat16"),
+    "llama-8b": dict(model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+                     num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+                     max_position_embeddings=8192, rope_theta=500000.0, rms_norm_eps=1e-5, dtype="bfloat16"),
 }
 
 
@@ -77,10 +79,12 @@ def compile_launches(launch, capability: int) -> list[dict]:
         aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params)   # as a real launch would find
                    if not p.is_constexpr and (torch.is_tensor(values[p.name]) or values[p.name] % 16 == 0)}
         import triton
-        binary = triton.compile(ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", capability, 32), launch_options)
+        binary = triton.compile(ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", capability, 32),
+                                launch_options)
         registers, spills = resources(binary.asm["cubin"])
         warps, shared = binary.metadata.num_warps, binary.metadata.shared
-        programs = min(REGISTERS // (32 * warps * -(-registers // 8) * 8), WARPS // warps, SHARED[capability] // (shared + 1024), 32)
+        programs = min(REGISTERS // (32 * warps * -(-registers // 8) * 8), WARPS // warps,
+                       SHARED[capability] // (shared + 1024))
         found.append(dict(
             kernel=kernel.__name__.strip("_").removesuffix("_kernel"), gpu=f"sm_{capability}",
             tile=f"{constants['ROWS']} x {constants['TILE']}" if "TILE" in constants else "-",
@@ -109,12 +113,13 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(registers), int(stack)
 
 
-def launch_all(D: int, dtype: torch.dtype = torch.bfloat16):
-    """One launch of every kernel, with 32 query and 8 KV heads and blocks of 64 tokens."""
-    pool_KNSD, q_THD = torch.empty(8, 9, 64, D, dtype=dtype), torch.empty(81, 32, D, dtype=dtype)
-    batch = make_batch([Chunk([0], 99, [1, 2]), Chunk([0] * 80, 0, [3, 4])], 64)
-    kernels.write_kv_triton(q_THD[:, :8], q_THD[:, :8], pool_KNSD, pool_KNSD, batch.slots_T)
-    kernels.attention_triton(q_THD, pool_KNSD, pool_KNSD, batch, D ** -0.5)
+def launch_all(D: int, dtype: torch.dtype = torch.bfloat16, S: int = 64, H: int = 32, K: int = 8,
+               window: int | None = None, slopes_H: torch.Tensor | None = None):
+    """One launch of every kernel."""
+    pool_KNSD, q_THD = torch.empty(K, 16, S, D, dtype=dtype), torch.empty(81, H, D, dtype=dtype)
+    batch = make_batch([Chunk([0], 99, list(range(7))), Chunk([0] * 80, 0, list(range(7, 14)))], S)
+    kernels.write_kv_triton(q_THD[:, :K], q_THD[:, :K], pool_KNSD, pool_KNSD, batch.slots_T)
+    kernels.attention_triton(q_THD, pool_KNSD, pool_KNSD, batch, D ** -0.5, window, slopes_H)
 
 
 def show_compiled():
@@ -123,17 +128,18 @@ def show_compiled():
         for capability in SHARED:
             if sys.stderr.isatty():
                 print(f"\r\x1b[Kcompiling for sm_{capability}, head size {D}", end="", file=sys.stderr, flush=True)
-            rows += [[f"{c['kernel']}, D = {D}", c["gpu"], c["tile"], c["warps"], c["stages"], c["registers"], c["spills"],
-                      f"{c['shared']:.0f}", c["units"], c["programs"], f"{c['occupancy']:.0%}"]
-                     for c in compile_launches(lambda: launch_all(D), capability)]
+            for c in compile_launches(lambda: launch_all(D), capability):
+                rows.append([f"{c['kernel']}, D = {D}", c["gpu"], c["tile"], c["warps"], c["stages"], c["registers"],
+                             c["spills"], f"{c['shared']:.0f}", c["units"], c["programs"], f"{c['occupancy']:.0%}"])
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     rows.sort(key=lambda row: row[0].split(",")[0])
     print_table("The kernels as compiled for bfloat16, 32 query and 8 KV heads, blocks of 64 tokens",
-                ["kernel", "GPU", "tile", "warps", "stages", "regs", "spills", "KiB", "units", "per SM", "occupancy"], rows)
+                ["kernel", "GPU", "tile", "warps", "stages", "regs", "spills", "KiB", "units", "per SM", "occupied"],
+                rows)
     print("\ntile: query rows x keys; regs: registers per thread; spills: bytes of them that did not fit; KiB: shared\n"
           "memory; units: the instruction that feeds the matrix units; per SM: programs that fit on one multi-\n"
-          "processor by registers, shared memory and warps; occupancy: the share of its warps that they fill.")
+          "processor by registers, shared memory and warps; occupied: the share of its warps that they fill.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -143,14 +149,15 @@ def paged_inputs(lens: list[tuple[int, int]], H: int, K: int, D: int, S: int, dt
     """q, K and V pools with shuffled blocks, and the batch, for requests of (query tokens, past)."""
     need = [-(-(n + past) // S) for n, past in lens]
     blocks = torch.randperm(sum(need)).tolist()
-    batch = make_batch([Chunk([0] * n, past, [blocks.pop() for _ in range(b)]) for (n, past), b in zip(lens, need)], S, "cuda")
+    chunks = [Chunk([0] * n, past, [blocks.pop() for _ in range(b)]) for (n, past), b in zip(lens, need)]
+    batch = make_batch(chunks, S, "cuda")
     q = torch.randn(sum(n for n, _ in lens), H, D, device="cuda", dtype=dtype)
     k, v = (torch.randn(K, sum(need), S, D, device="cuda", dtype=dtype) for _ in "kv")
     return q, k, v, batch, D ** -0.5
 
 
 def gpu_seconds(calls: list, repeats: int = 20) -> float:
-    """Median seconds of one call, by CUDA events around a replayed graph of all of them (so that launching costs nothing)."""
+    """Median seconds of one call, by CUDA events around a replayed graph of all of them: launching costs nothing."""
     for call in calls:   # compile, plan
         call()
     torch.cuda.synchronize()
@@ -170,17 +177,21 @@ def gpu_seconds(calls: list, repeats: int = 20) -> float:
 
 
 def check_on_gpu():
-    """Every kernel against the float64 definition, on fresh random data. Raises AssertionError at the first that differs."""
-    worst = 0.0
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)):
-        for D in (64, 80, 128, 256):
-            for H, K in ((8, 8), (32, 8), (14, 2), (71, 1)):
-                for S, window in ((64, None), (16, None), (64, 100)):
-                    inputs = paged_inputs([(1, 700), (1, 0), (1, 3000), (300, 500), (77, 0)], H, K, D, S, dtype)
-                    exact = kernels.attention_naive(*[x.double() if torch.is_tensor(x) else x for x in inputs], window)
-                    error = (kernels.attention_triton(*inputs, window) - exact).abs().max().item()
-                    assert error < tolerance, f"{dtype}, D={D}, {H}:{K} heads, blocks of {S}, window {window}: error {error}"
-                    worst = max(worst, error / tolerance)
+    """Every kernel against the float64 definition, on fresh random data. Exits at the first that differs."""
+    shapes = [(D, 32, 8, 64, None) for D in (64, 80, 128, 256)] + [(128, 32, 8, 16, None), (128, 32, 8, 64, 100)]
+    shapes += [(128, H, K, 64, None) for H, K in ((8, 8), (14, 2), (71, 1))]
+    worst, dtypes = 0.0, ((torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2))
+    for (dtype, tolerance), (D, H, K, S, window) in itertools.product(dtypes, shapes):
+        try:
+            kernels.check("triton", torch.device("cuda"), dtype, H, K, D, S)
+        except ValueError:
+            continue
+        inputs = paged_inputs([(1, 700), (1, 0), (1, 3000), (300, 500), (77, 0)], H, K, D, S, dtype)
+        exact = kernels.attention_naive(*[x.double() if torch.is_tensor(x) else x for x in inputs], window)
+        error = (kernels.attention_triton(*inputs, window) - exact).abs().max().item()
+        if not error < tolerance:
+            sys.exit(f"bench.py: {dtype}, D={D}, {H}:{K} heads, blocks of {S}, window {window}: off by {error}")
+        worst = max(worst, error / tolerance)
     print(f"All kernels equal the float64 definition; the largest error is {worst:.0%} of what the dtype allows.")
 
 
@@ -196,30 +207,43 @@ def show_measured():
     rows, H, K, D = [], 32, 8, 128
     for T in (2048, 8192, 16384):
         operations = 4 * D * H * T * T / 2
-        sets = [paged_inputs([(T, 0)], H, K, D, 64, torch.bfloat16) for _ in range(max(2, 32768 // T))]   # more than the L2 holds
+        copies = max(2, 32768 // T)   # together more than the L2 cache holds
+        sets = [paged_inputs([(T, 0)], H, K, D, 64, torch.bfloat16) for _ in range(copies)]
         ours = gpu_seconds([lambda s=s: kernels.attention_triton(*s) for s in sets])
         row = [f"prefill {T}", f"{operations / ours / 1e12:.0f} TFLOP/s", f"{operations / ours / peak:.0%}"]
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-            qkv = [torch.randn(1, h, T, D, device="cuda", dtype=torch.bfloat16) for h in (H, K, K)]
-            with sdpa_kernel(backend):
-                theirs = gpu_seconds([lambda: F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)] * 4)
-            row.append(theirs / ours)
+            sets = [[torch.randn(1, h, T, D, device="cuda", dtype=torch.bfloat16) for h in (H, K, K)]
+                    for _ in range(copies)]
+            try:
+                with sdpa_kernel(backend):
+                    row.append(gpu_seconds([lambda s=s: F.scaled_dot_product_attention(
+                        *s, is_causal=True, enable_gqa=True) for s in sets]) / ours)
+            except RuntimeError:   # a build of PyTorch without this backend
+                row.append("-")
         rows.append(row)
     print_table("Causal prefill through block tables, bfloat16, 32:8 heads, head size 128",
-                ["", "ours", "of the product", "x flash", "x cuDNN"], rows)
+                ["", "ours", "of the product", "speed / flash", "speed / cuDNN"], rows)
 
     rows = []
-    for B, T in ((1, 131072), (8, 16384), (64, 4096), *((B, 8192) for B in (1, 2, 3, 4, 7, 8, 9, 12, 15, 16, 17, 24, 32))):
-        inputs = paged_inputs([(1, T - 1)] * B, H, K, D, 64, torch.bfloat16)
+    neighbours = [(B, 8192) for B in (1, 2, 3, 4, 7, 8, 9, 12, 15, 16, 17, 24, 32)]   # a cliff would show
+    for B, T in ((1, 131072), (8, 16384), (64, 4096), *neighbours):
         moved = 2 * B * T * K * D * 2
-        seconds = gpu_seconds([lambda: kernels.attention_triton(*inputs)] * (1 if moved > 2e8 else 1 + int(2e8 / moved)))
-        rows.append([f"decode {B} x {T}", f"{seconds * 1e6:.0f} us", f"{moved / seconds / 1e12:.2f} TB/s", f"{moved / seconds / bandwidth:.0%}"])
-    print_table("Decode through block tables, bfloat16, 32:8 heads, head size 128", ["", "time", "K and V read at", "of the copy"], rows)
+        sets = [paged_inputs([(1, T - 1)] * B, H, K, D, 64, torch.bfloat16) for _ in range(1 + int(2e8 / moved))]
+        seconds = gpu_seconds([lambda s=s: kernels.attention_triton(*s) for s in sets])
+        rows.append([f"decode {B} x {T}", f"{seconds * 1e6:.0f} us", f"{moved / seconds / 1e12:.2f} TB/s",
+                     f"{moved / seconds / bandwidth:.0%}"])
+    print_table("Decode through block tables, bfloat16, 32:8 heads, head size 128",
+                ["", "time", "K and V read at", "of the copy"], rows)
 
     rows = []
     for shape in SHAPES:
-        llm = LLM(config_of(shape))
-        weights = sum(p.weight.nbytes for name, parts in llm.model.weights.items() for p in parts if name not in ("position", "embedding"))
+        try:
+            llm = LLM(config_of(shape))
+        except (ValueError, RuntimeError):   # a smaller GPU
+            rows.append([shape, "does not fit", "-", "-"])
+            continue
+        weights = sum(p.weight.nbytes for name, parts in llm.model.weights.items() for p in parts
+                      if name not in ("position", "embedding"))   # of those, a token reads one row
         params = SamplingParams(max_tokens=400, ignore_eos=True)
         llm.generate([[1] * 100], params)   # compile and record
         tps = statistics.median(llm.generate([[1] * 100], params)[0].tps for _ in range(5))
@@ -232,11 +256,12 @@ def show_measured():
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="bench.py", description="Measure, then compare with what the hardware allows.")
+    parser = argparse.ArgumentParser(prog="bench.py", description="Measure, then compare with what hardware allows.")
     parser.add_argument("command", choices=["kernels"], help="kernels: the attention kernels, compiled or measured")
     parser.parse_args()
     if kernels.triton is None:
-        sys.exit("bench.py: the kernels need the triton package, which is not installed: pip install -r requirements.txt on Linux")
+        sys.exit("bench.py: the kernels need the triton package, which is not installed: "
+                 "pip install -r requirements.txt on Linux")
     if torch.cuda.is_available():
         print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {kernels.triton.__version__}")
         show_measured()

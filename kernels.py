@@ -42,9 +42,15 @@ if "triton" not in sys.modules:
 try:
     import triton
     import triton.language as tl
-    jit, INTERPRETED = triton.jit, not isinstance(tl.zeros, triton.JITFunction)
+    INTERPRETED = not isinstance(tl.zeros, triton.JITFunction)
 except ImportError:  # no Triton for this platform (macOS): everything but attention="triton" works
-    triton, jit, INTERPRETED = None, lambda function: function, False
+    triton, INTERPRETED = None, False
+
+
+def jit(function):
+    """triton.jit, if there is Triton. Index tensors are views at any offset: that must not compile a kernel anew."""
+    return triton.jit(function, do_not_specialize=["table_stride"], do_not_specialize_on_alignment=[
+        "tables_ptr", "query_starts_ptr", "kv_lens_ptr", "slots_ptr"]) if triton else function
 
 
 # ---------------------------------------------------------------------------------------------
@@ -55,7 +61,7 @@ class Chunk(NamedTuple):
     tokens: list[int]
     start: int          # position of tokens[0] in its request
     blocks: list[int]   # the request's block table, covering at least start + len(tokens) tokens
-    logits: int = 1     # so many of the last tokens want logits
+    logits: int = 1     # how many of its last tokens want logits
 
 
 @dataclass
@@ -81,7 +87,10 @@ class Batch:
 
 
 def make_batch(chunks: list[Chunk], block_size: int, device: torch.device | str = "cpu", width: int = 1) -> Batch:
-    """Flatten chunks into the index tensors of one step; decodes must come before longer chunks. Tables get at least `width` columns."""
+    """Flatten chunks into the index tensors of one step; decodes must come before longer chunks.
+
+    The block tables get at least `width` columns.
+    """
     S = block_size
     tokens, positions, slots, logit_rows, rows, lens = [], [], [], [], [], []
     for tokens_, start, blocks, logits in chunks:
@@ -191,8 +200,14 @@ def _decode_torch(q_BHD, k_KNSD, v_KNSD, batch, scale, window, slopes_H):
 # ---------------------------------------------------------------------------------------------
 # Triton
 
-LOG2E = tl.constexpr(1.4426950408889634)   # exp(x) = exp2(x * LOG2E), and exp2 is one instruction
+LOG2E = tl.constexpr(1.4426950408889634) if triton else None   # exp(x) = exp2(x * LOG2E), exp2 is one instruction
 PIPELINE = 5   # stages: looking up a block takes three, and two more keep the next tile of K and V on its way
+
+
+@jit
+def _start(ROWS: tl.constexpr, D_PAD: tl.constexpr):
+    """o, m and l of rows that have seen no key."""
+    return tl.zeros([ROWS, D_PAD], tl.float32), tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
 
 
 @jit
@@ -201,10 +216,11 @@ def _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, position_R, slope_R, s
            ALIBI: tl.constexpr, MASKED: tl.constexpr):
     """Online softmax of R query rows over the keys [start, stop) of one KV head of one request.
 
-    Takes and returns the running o_RD, m_R, l_R (float32, m in powers of two). MASKED is False where
-    every row sees every key of every tile. The whole of paging is one look-up per tile: a tile that
-    lies within a block is one contiguous piece of the pool. (Where S is no multiple of TILE, every key
-    looks up its own block: right, and slower. `start` is a multiple of TILE.)
+    Takes and returns the running o_RD, m_R, l_R, float32; m and the scores are logarithms to base 2, as
+    `scale` holds LOG2E. MASKED is False where every row sees every key of every tile. The whole of paging
+    is one look-up per tile: a tile that lies within a block is one contiguous piece of the pool. (Where S
+    is no multiple of TILE, every key looks up its own block: right, and slower.) `start` is a multiple of
+    TILE.
     """
     d, t = tl.arange(0, D_PAD), tl.arange(0, TILE)
     unit = 1.0 if ALIBI else scale   # folded into exp2, unless a bias wants scaled scores
@@ -255,8 +271,8 @@ def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, slopes_ptr, tables_ptr, query_
 
     Computes: rows of the chunk, ROWS // G tokens times the G query heads that share this KV head.
     Cost: 4 * ROWS * keys * D operations for 2 * keys * D elements of K and V, ROWS operations per byte in
-    two-byte types. Bound: arithmetic, as long as ROWS exceeds the machine's operations per byte (H100: 300,
-    of which the L2 cache, shared by neighbouring tiles, supplies the rest).
+    two-byte types. Bound: arithmetic. An H100 can do about 260 operations per byte of its memory; the L2
+    cache, in which the tiles of one request find the same K and V, makes up for what 128 rows lack.
     Tile: as many rows as the registers hold, for o_RD is [ROWS, D] float32; TILE keys feed one pass of the
     matrix units. Wins on long chunks; loses on chunks of a few tokens, whose rows it fills with nothing.
     """
@@ -288,22 +304,24 @@ def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, slopes_ptr, tables_ptr, query_
     diagonal = tl.maximum(whole, (past + first + 1) // TILE * TILE)
     stop = past + last
 
-    o_RD, m_R, l_R = tl.zeros([ROWS, D_PAD], tl.float32), tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    k_head, v_head, table = k_ptr + kv_head * head_stride, v_ptr + kv_head * head_stride, tables_ptr + b * table_stride
+    k_ptr += kv_head * head_stride
+    v_ptr += kv_head * head_stride
+    table_ptr = tables_ptr + b * table_stride
+    o_RD, m_R, l_R = _start(ROWS, D_PAD)
     if WINDOW > 0:
-        o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_head, v_head, table, position_R, slope_R, start, tl.minimum(whole, stop),
-                                kv_len, scale, S, D, D_PAD, TILE, WINDOW, ALIBI, True)
-    o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_head, v_head, table, position_R, slope_R, whole, diagonal,
-                            kv_len, scale, S, D, D_PAD, TILE, WINDOW, ALIBI, False)
-    o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_head, v_head, table, position_R, slope_R, diagonal, stop,
-                            kv_len, scale, S, D, D_PAD, TILE, WINDOW, ALIBI, True)
+        o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, position_R, slope_R,
+                                start, tl.minimum(whole, stop), kv_len, scale, S, D, D_PAD, TILE, WINDOW, ALIBI, True)
+    o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, position_R, slope_R,
+                            whole, diagonal, kv_len, scale, S, D, D_PAD, TILE, WINDOW, ALIBI, False)
+    o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, position_R, slope_R,
+                            diagonal, stop, kv_len, scale, S, D, D_PAD, TILE, WINDOW, ALIBI, True)
     tl.store(out_ptr + (index_R * H * D + column_R)[:, None] + d[None, :],
              (o_RD / tl.where(l_R > 0, l_R, 1.0)[:, None]).to(out_ptr.dtype.element_ty), mask=live_RD)
 
 
 @jit
-def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_ptr, slopes_ptr, tables_ptr, kv_lens_ptr, work_ptr,
-                   q_stride, head_stride, scale,
+def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_ptr, slopes_ptr, tables_ptr, kv_lens_ptr,
+                   work_ptr, q_stride, head_stride, scale,
                    S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
                    ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr):
     """One split of one request's keys for the G query heads of one KV head; the last split to finish merges all.
@@ -311,8 +329,8 @@ def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_pt
     Cost: 4 * G * keys * D operations for 2 * keys * D elements of K and V, each used once: G operations per
     byte in two-byte types. Bound: bandwidth; the matrix units idle, and half-empty tiles (G rows of 16) are free.
     Splits: one row cannot fill a machine, so the step's keys are shared out evenly over its multiprocessors.
-    Two partial answers merge by the recurrence of online softmax, o, m and l for the splits instead of the keys,
-    so the result is exact. Wins at any batch and length; loses a little where splits are so short that
+    Two partial answers merge by the recurrence of online softmax, with splits in the place of keys, so the
+    result is the same up to rounding. Made for any batch and length; loses where splits are so short that
     leaving o, m and l in memory costs as much as the keys.
     """
     work = tl.program_id(0)
@@ -324,37 +342,38 @@ def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_pt
         kv_head, kv_len = tl.program_id(1).to(tl.int64), tl.load(kv_lens_ptr + b).to(tl.int32)
         row, d = tl.arange(0, ROWS), tl.arange(0, D_PAD)
         head = kv_head * G + row
-        live_RD = (row < G)[:, None] & (d < D)[None, :]
-        q_RD = tl.load(q_ptr + b.to(tl.int64) * q_stride + head[:, None] * D + d[None, :], mask=live_RD, other=0.0)
-        slope_R = tl.load(slopes_ptr + head, mask=row < G, other=0.0) * LOG2E if ALIBI else 0.0
+        live_R, live_RD = row < G, (row < G)[:, None] & (d < D)[None, :]
+        at_RD = head[:, None] * D + d[None, :]
+        q_RD = tl.load(q_ptr + b.to(tl.int64) * q_stride + at_RD, mask=live_RD, other=0.0)
+        slope_R = tl.load(slopes_ptr + head, mask=live_R, other=0.0) * LOG2E if ALIBI else 0.0
         position_R = tl.zeros([ROWS], tl.int32) + kv_len - 1
-        o_RD, m_R, l_R = _sweep(
-            tl.zeros([ROWS, D_PAD], tl.float32), tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32),
-            q_RD, k_ptr + kv_head * head_stride, v_ptr + kv_head * head_stride, table_ptr, position_R,
-            slope_R, start, stop, kv_len, scale, S, D, D_PAD, TILE, WINDOW, ALIBI, True)
+        o_RD, m_R, l_R = _start(ROWS, D_PAD)
+        o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr + kv_head * head_stride, v_ptr + kv_head * head_stride,
+                                table_ptr, position_R, slope_R, start, stop, kv_len, scale,
+                                S, D, D_PAD, TILE, WINDOW, ALIBI, True)
         finished = True
         if splits > 1:
-            part = work * H + head
-            tl.store(o_ptr + part[:, None] * D + d[None, :], o_RD, mask=live_RD)
-            tl.store(m_ptr + part, m_R, mask=row < G)
-            tl.store(l_ptr + part, l_R, mask=row < G)
+            tl.store(o_ptr + work * H * D + at_RD, o_RD, mask=live_RD)
+            tl.store(m_ptr + work * H + head, m_R, mask=live_R)
+            tl.store(l_ptr + work * H + head, l_R, mask=live_R)
             tl.debug_barrier()   # all threads have stored before one of them says so
             counter = arrived_ptr + b * (H // G) + kv_head
             finished = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
             if finished:
                 tl.store(counter, 0)   # ready for the next layer
-                o_RD, m_R, l_R = tl.zeros([ROWS, D_PAD], tl.float32), tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-                for other in tl.range(first, first + splits, loop_unroll_factor=4):   # several loads in flight
-                    part = other * H + head
-                    m_part = tl.load(m_ptr + part, mask=row < G, other=0.0, cache_modifier=".cg")
-                    o_part = tl.load(o_ptr + part[:, None] * D + d[None, :], mask=live_RD, other=0.0, cache_modifier=".cg")
+                o_RD, m_R, l_R = _start(ROWS, D_PAD)
+                for part in tl.range(first, first + splits, loop_unroll_factor=4):   # several loads in flight
+                    o_part = tl.load(o_ptr + part * H * D + at_RD, mask=live_RD, other=0.0, cache_modifier=".cg")
+                    m_part = tl.load(m_ptr + part * H + head, mask=live_R, other=0.0, cache_modifier=".cg")
+                    l_part = tl.load(l_ptr + part * H + head, mask=live_R, other=1.0, cache_modifier=".cg")
                     m_new = tl.maximum(m_R, m_part)
                     old, new = tl.exp2(m_R - m_new), tl.exp2(m_part - m_new)
-                    l_R = l_R * old + tl.load(l_ptr + part, mask=row < G, other=1.0, cache_modifier=".cg") * new
                     o_RD = o_RD * old[:, None] + o_part * new[:, None]
+                    l_R = l_R * old + l_part * new
                     m_R = m_new
         if finished:
-            tl.store(out_ptr + (b * H + head[:, None]) * D + d[None, :], (o_RD / l_R[:, None]).to(out_ptr.dtype.element_ty), mask=live_RD)
+            out_RD = (o_RD / l_R[:, None]).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + b * H * D + at_RD, out_RD, mask=live_RD)
 
 
 @jit
@@ -381,7 +400,8 @@ def attention_triton(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch
     G, n = H // K, batch.num_decodes
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     # tl.dot wants powers of two, and at least 16 of everything.
-    shape = dict(S=S, H=H, G=G, D=D, D_PAD=max(16, triton.next_power_of_2(D)), WINDOW=window or 0, ALIBI=slopes_H is not None)
+    shape = dict(S=S, H=H, G=G, D=D, D_PAD=max(16, triton.next_power_of_2(D)), WINDOW=window or 0,
+                 ALIBI=slopes_H is not None)
     slopes_H = batch.kv_lens if slopes_H is None else slopes_H   # never read
 
     if n:
@@ -400,7 +420,7 @@ def attention_triton(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch
 
 
 def prefill_options(D: int, G: int, dtype: torch.dtype, capability: int) -> dict:
-    """Tile and launch shape of prefill: as large as registers hold without spilling (`bench.py kernels` shows them)."""
+    """Tile and launch shape of prefill: about as large as registers hold (see `bench.py kernels`)."""
     least = triton.next_power_of_2(G)
     if INTERPRETED:                          # small, so that short tests see many tiles
         return dict(ROWS=max(32, least), TILE=32)
@@ -408,20 +428,21 @@ def prefill_options(D: int, G: int, dtype: torch.dtype, capability: int) -> dict
         return dict(ROWS=max(32, least), TILE=16, num_warps=8, num_stages=2)
     if D > 128:                              # o_RD alone takes ROWS * D registers
         return dict(ROWS=max(64, least), TILE=32, num_warps=8, num_stages=3)
-    TILE = 32 if capability < 90 and D > 64 else 64   # before sm_90, K and V pass through registers too
-    return dict(ROWS=max(128, least), TILE=TILE, num_warps=8, num_stages=PIPELINE)
+    direct = capability // 10 in (9, 10)     # matrix units that read shared memory; others want K and V in registers
+    return dict(ROWS=max(128, least), TILE=64 if direct or D <= 64 else 32, num_warps=8, num_stages=PIPELINE)
 
 
 def decode_options(D: int, dtype: torch.dtype) -> dict:
-    """Tile and launch shape of decode: 16 KiB of K a tile, and registers few enough for several programs per multiprocessor."""
+    """Tile and launch shape of decode: at most 16 KiB of K a tile, and registers few enough to fit several programs."""
     if INTERPRETED:
         return dict(TILE=32)
-    return dict(TILE=min(64, 16384 // (max(16, triton.next_power_of_2(D)) * dtype.itemsize)), num_warps=4, num_stages=PIPELINE)
+    row = max(16, triton.next_power_of_2(D)) * dtype.itemsize
+    return dict(TILE=min(64, 16384 // row), num_warps=4, num_stages=PIPELINE)
 
 
 @cache
 def capability_of(device: torch.device) -> int:
-    """80 for sm_80 and so on; where there is no GPU, one that the kernels could be compiled for."""
+    """80 for sm_80 and so on; 90 where there is no GPU."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     return 10 * major + minor
 
@@ -443,11 +464,12 @@ def plan_decode(batch: Batch, H: int, K: int, D: int, window: int | None, TILE: 
 
 
 def share_out(batch: Batch, K: int, window: int | None, TILE: int, device) -> list[tuple[int, ...]]:
-    """A row per split: request, where its block table begins, first key, last key, its request's first split and number of splits.
+    """A row per split: request, where its block table begins, start and stop of its keys, its request's first split
+    and number of splits.
 
     From the work and the number of multiprocessors alone: all tiles of keys of all decodes are shared out over
     two programs per multiprocessor. A long request gets many splits, a large batch of short ones gets one each,
-    and no batch size is a cliff. The list is padded to the length that it can have at most for so many requests,
+    and no batch size changes the rule. The list is padded to the length that it can have at most for so many requests,
     so that a captured graph fits every step.
     """
     processors = multiprocessors_of(device)
@@ -466,19 +488,22 @@ def share_out(batch: Batch, K: int, window: int | None, TILE: int, device) -> li
 
 
 def refresh(static: Batch, batch: Batch, K: int):
-    """Put a step into the batch that a captured graph reads: same requests and plans, other contents."""
+    """Put a step of as many requests into the batch that a captured graph reads. Its tables may be narrower: the work
+    says where each begins."""
     static.memory[:len(batch.memory)].copy_(batch.memory)
     for (_, window, TILE), (work, *_) in static.plans.items():
         work.copy_(torch.tensor(share_out(batch, K, window, TILE, work.device), dtype=torch.int32))
 
 
-def plan_prefill(batch: Batch, tokens: int, device) -> Tensor:
-    """The tiles of query rows of the step's prompts, int32 [tiles, 2]: request and first token. The longest sweeps start first."""
+def plan_prefill(batch: Batch, tokens_per_tile: int, device) -> Tensor:
+    """The tiles of query rows of the step's prompts, int32 [tiles, 2]: request, first token. The longest come first."""
     if "prefill" not in batch.plans:
-        work = [(b, first) for b in range(batch.num_decodes, len(batch.rows))
-                for first in range(0, batch.rows[b].stop - batch.rows[b].start, tokens)]
-        work.sort(key=lambda tile: batch.lens[tile[0]] - batch.rows[tile[0]].stop + batch.rows[tile[0]].start + tile[1], reverse=True)
-        batch.plans["prefill"] = torch.tensor(work, dtype=torch.int32).to(device, non_blocking=True)
+        work = []
+        for b in range(batch.num_decodes, len(batch.rows)):
+            q_len = batch.rows[b].stop - batch.rows[b].start
+            work += [(batch.lens[b] - q_len + first, b, first) for first in range(0, q_len, tokens_per_tile)]
+        work = [tile for _, *tile in sorted(work, reverse=True)]
+        batch.plans["prefill"] = torch.tensor(work, dtype=torch.int32).to(device)
     return batch.plans["prefill"]
 
 
@@ -512,8 +537,11 @@ def check(backend: str, device: torch.device, dtype: torch.dtype, H: int, K: int
         return
     if triton is None:
         raise ValueError("attention='triton' needs the triton package, which is not installed: use attention='torch'")
-    if triton.next_power_of_2(H // K) * max(16, triton.next_power_of_2(D)) * dtype.itemsize > 65536 and not INTERPRETED:
-        raise ValueError(f"{H // K} query heads of size {D} per KV head do not fit into a tile of {dtype}: use attention='torch'")
+    large = device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 128 << 10
+    tile = triton.next_power_of_2(H // K) * max(16, triton.next_power_of_2(D)) * dtype.itemsize
+    if tile > (65536 if large else 32768) and not INTERPRETED:
+        raise ValueError(f"{H // K} query heads of size {D} per KV head do not fit into a tile of {dtype}: "
+                         "use attention='torch'")
     if INTERPRETED and dtype == torch.bfloat16:
         raise ValueError("Triton's interpreter multiplies bfloat16 wrongly: use float32 or float16, "
                          "or attention='torch'")

@@ -43,8 +43,9 @@ from kernels import ATTENTION, WRITE_KV, Batch
 MODEL_TYPES = {"gpt2": ("GPT2LMHeadModel", "GPT2Model"), "llama": ("LlamaForCausalLM", "LlamaModel"),
                "mistral": ("MistralForCausalLM", "MistralModel"), "qwen2": ("Qwen2ForCausalLM", "Qwen2Model"),
                "qwen3": ("Qwen3ForCausalLM", "Qwen3Model")}
-ACTIVATIONS = {"gelu_new": partial(F.gelu, approximate="tanh"), "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-               "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu}
+GELU_TANH = partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": F.gelu, "relu": F.relu,
+               "silu": F.silu, "swish": F.silu}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -72,8 +73,8 @@ class Config:
     dtype: str                     # in which the weights were stored
 
 
-KINDS = {int: "a whole number from 1 to 2147483647", float: "a number above 0", bool: "true or false", str: "text", list: "a list",
-         dict: "an object"}
+KINDS = {int: "a whole number from 1 to 2147483647", float: "a number above 0", bool: "true or false", str: "text",
+         list: "a list", dict: "an object"}
 
 
 class Fields:
@@ -87,9 +88,11 @@ class Fields:
         value = self.values.get(key)
         if value is None:
             return default
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (number and 0 < value < (2 ** 31 if kind is int else math.inf) and (kind is float or isinstance(value, int))
-                if kind in (int, float) else isinstance(value, kind)):
+        if kind in (int, float):
+            fits = type(value) in (int, kind) and 0 < value < (2 ** 31 if kind is int else math.inf)
+        else:
+            fits = isinstance(value, kind)
+        if not fits:
             raise ValueError(f"{self.path}: {key!r} is {str(value)[:50]!r}, not {KINDS[kind]}")
         return value
 
@@ -179,7 +182,9 @@ def read_llama_config(raw: Fields, kind: str, common: dict) -> Config:
                              "only sliding_attention and full_attention are")
     if len(layers) != L:
         raise ValueError(f"{raw.path}: 'layer_types' names {len(layers)} layers, 'num_hidden_layers' is {L}")
-    biased = {"qkv"} if kind == "qwen2" else {"qkv", "out"} if raw.get("attention_bias", bool) and kind != "mistral" else set()
+    biased = {"qkv"} if kind == "qwen2" else set()
+    if kind in ("llama", "qwen3") and raw.get("attention_bias", bool):
+        biased |= {"qkv", "out"}
     if kind == "llama" and raw.get("mlp_bias", bool):
         biased |= {"up", "down"}
     return Config(
@@ -206,7 +211,8 @@ def read_rope(raw: Fields, D: int) -> dict:
         if not isinstance(rope[key], (int, float)) or not 0 < rope[key] < math.inf:
             raise ValueError(f"{raw.path}: rope type {rope['rope_type']!r} needs a number above 0 for {key!r}")
     if rope.get("partial_rotary_factor", raw.values.get("partial_rotary_factor", 1)) != 1 or D % 2:
-        raise ValueError(f"{raw.path}: rotating part of a head ('partial_rotary_factor', or an odd head size) is not supported")
+        raise ValueError(f"{raw.path}: rotating part of a head is not supported ('partial_rotary_factor' other than 1, "
+                         "or an odd head size)")
     return rope
 
 
@@ -263,11 +269,13 @@ class Checkpoint:
             for name, file in Fields(index).need("weight_map", dict).items():
                 files[name] = folder / str(file)
                 if not files[name].is_file():
-                    raise ValueError(f"{files[name]}, where {index.name} places tensor {name}, is missing: fetch it into the folder")
+                    raise ValueError(f"{files[name]}, where {index.name} places tensor {name}, is missing: "
+                                     "fetch it into the folder")
             for path in sorted(set(files.values())):
                 lacking = {name for name, file in files.items() if file == path} - set(self._open(path).keys())
                 if lacking:
-                    raise ValueError(f"{path} lacks tensor {min(lacking)}, which {index.name} places there: fetch both again")
+                    raise ValueError(f"{path} lacks tensor {min(lacking)}, which {index.name} places there: "
+                                     "fetch both again")
         else:
             raise ValueError(f"{folder} has no model.safetensors: fetch the weights in that format "
                              "(other formats can run code when loaded, and are not read)")
@@ -291,8 +299,9 @@ class Checkpoint:
             with open(path, "rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
-            ends = {name: 8 + size + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
-            return " at tensor " + min((end, name) for name, end in ends.items() if end > path.stat().st_size)[1]
+            header.pop("__metadata__", None)
+            ends = [(8 + size + entry["data_offsets"][1], name) for name, entry in header.items()]
+            return " at tensor " + min(end for end in ends if end[0] > path.stat().st_size)[1]
         except (ValueError, LookupError, TypeError, AttributeError, MemoryError, OverflowError):
             return " in its header"
 
@@ -361,7 +370,7 @@ def empty_weights(c: Config, device: torch.device, dtype: torch.dtype) -> tuple[
 def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dtype) -> dict[str, list[Part]]:
     """The parts of a checkpoint, straight from its mapped files. Raises ValueError naming a bad tensor."""
     checkpoint, embedding = Checkpoint(folder), f"{NAMES['embedding'][c.family == 'llama']}.weight"
-    if c.tied and embedding not in checkpoint.names and "lm_head.weight" in checkpoint.names:   # tied, and stored by its other name
+    if c.tied and embedding not in checkpoint.names and "lm_head.weight" in checkpoint.names:   # its other name
         checkpoint.names[embedding] = checkpoint.names.pop("lm_head.weight")
     _, jobs = empty_weights(c, torch.device("meta"), dtype)   # on paper first
     expected = {name: tuple(target.shape)[::-1 if transpose else 1] for target, name, transpose in jobs}
@@ -380,7 +389,8 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
         done += target.nbytes
         if sys.stderr.isatty() and time.perf_counter() - begin > 1:
             shown = True
-            print(f"\rloading {folder}: {done / total:4.0%} of {total / 1e9:.1f} GB", end="", file=sys.stderr, flush=True)
+            print(f"\rloading {folder}: {done / total:4.0%} of {total / 1e9:.1f} GB", end="", file=sys.stderr,
+                  flush=True)
     if shown:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     if c.tied and "lm_head.weight" in checkpoint.names:   # said to be tied, and yet stored: tied only if it is the same
@@ -392,10 +402,10 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
 
 
 def random_weights(c: Config, device: torch.device, dtype: torch.dtype) -> dict[str, list[Part]]:
-    """Weights of the right shape that know nothing, for measuring; matrices are scaled to keep activations of order one."""
+    """Weights of the right shape that know nothing, for measuring."""
     parts, jobs = empty_weights(c, device, dtype)
-    for target, *_ in jobs:
-        target.normal_(0, 0.02) if target.dim() > 1 else target.fill_(1)
+    for target, name, _ in jobs:
+        target.normal_(0, 0.02) if target.dim() > 1 else target.fill_(name.endswith("weight"))
     return parts
 
 
@@ -417,8 +427,8 @@ class Model:
         self.attention, self.write_kv = ATTENTION[attention], WRITE_KV[attention]
         self.device = weights["embedding"][0].weight.device
         if config.qk_norm:   # one weight per head: q's for each query head, then k's for each KV head
-            self.qk_norm = [torch.cat([p.weight[:config.D].expand(config.H, -1), p.weight[config.D:].expand(config.K, -1)])
-                            for p in weights["qk_norm"]]
+            q_and_k = [part.weight.split(config.D) for part in weights["qk_norm"]]
+            self.qk_norm = [torch.cat([q.expand(config.H, -1), k.expand(config.K, -1)]) for q, k in q_and_k]
         if config.rope:
             self.frequencies = rope_frequencies(config.rope, config.D).to(self.device)
 
@@ -509,7 +519,8 @@ def load_tokenizer(folder: Path):
         try:
             return ForeignTokenizer(file)
         except ImportError:
-            raise ValueError(f"{file} uses {reason}, which takes the tokenizers package: pip install tokenizers") from None
+            raise ValueError(f"{file} uses {reason}, which takes the tokenizers package: "
+                             "pip install tokenizers") from None
         except Exception as error:   # the package has no exception of its own
             raise ValueError(f"{file} cannot be used ({error}): fetch it again") from None
     except (LookupError, TypeError, AttributeError, UnicodeDecodeError) as error:
@@ -524,12 +535,13 @@ class Tokenizer:
     Its ranks are the order of merges; `ids` turns them into the checkpoint's own token ids.
     """
 
-    def __init__(self, merges: dict[bytes, int | None], splits: list[str | None], added: list[dict], tokens: dict[int, bytes],
-                 before: list[int] = [], after: list[int] = [], normal_form: str | None = None, whole: dict[bytes, int] = {}):
-        """merges: token -> id, the 256 bytes first, then in the order of merging; None: the checkpoint has no token for this byte.
-        splits: patterns, each applied to the pieces of the one before; None puts a space before every piece.
-        added: tokens that are found before splitting, as in tokenizer.json. tokens: id -> bytes. before, after: ids around
-        every text. whole: words that are tokens, merges or not."""
+    def __init__(self, merges: dict[bytes, int | None], splits: list[str | None], added: list[dict],
+                 tokens: dict[int, bytes], before: list[int] = [], after: list[int] = [],
+                 normal_form: str | None = None, whole: dict[bytes, int] = {}):
+        """merges: token -> id (None: the checkpoint has none for this byte), the 256 bytes first, then in the order of
+        merging. splits: patterns, each applied to the pieces of the one before; None puts a space before every piece.
+        added: tokens that are found before splitting, as in tokenizer.json. tokens: id -> bytes. before, after: ids
+        around every text. whole: words that are tokens, merges or not."""
         import regex
         import tiktoken
         self.ids = list(merges.values())
@@ -573,7 +585,8 @@ class Tokenizer:
         """Token ids, with BOS where the checkpoint asks for it. `special`: read "<|...|>" as control tokens."""
         ids = list(self.before)
         for part in self._cut(text, self.finders[special, False]):
-            for piece in [part] if isinstance(part, int) else self._cut(self._normal(part), self.finders[special, True]):
+            pieces = [part] if isinstance(part, int) else self._cut(self._normal(part), self.finders[special, True])
+            for piece in pieces:
                 ids += [piece] if isinstance(piece, int) else self._encode_text(piece)
         return ids + self.after
 
@@ -621,7 +634,8 @@ class Tokenizer:
         known = {a["id"] for a in added}
         added = added + [a for a in added_tokens(folder) if a["id"] not in known]
         if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-            raise NeedsTokenizers("a SentencePiece-style model" if model.get("byte_fallback") else f"a {model['type']} model")
+            kind = "SentencePiece-style" if model.get("byte_fallback") else model["type"]
+            raise NeedsTokenizers(f"a {kind} model")
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(option):
                 raise NeedsTokenizers(f"the BPE option {option}")
@@ -680,9 +694,9 @@ class Tokenizer:
         bos = options.get("bos_token", "<|endoftext|>")
         bos = (vocab | {a["content"]: a["id"] for a in added}).get(bos["content"] if isinstance(bos, dict) else bos)
         qwen = str(options.get("tokenizer_class")).startswith("Qwen2")   # the same files, another split
-        return cls.from_vocabulary(vocab, pairs, [None] * bool(options.get("add_prefix_space")) + [QWEN_SPLIT if qwen else GPT2_SPLIT],
-                                   added, before=[bos] if options.get("add_bos_token") and bos is not None else [],
-                                   normal_form="NFC" if qwen else None)
+        splits = ([None] if options.get("add_prefix_space") else []) + [QWEN_SPLIT if qwen else GPT2_SPLIT]
+        before = [bos] if options.get("add_bos_token") and bos is not None else []
+        return cls.from_vocabulary(vocab, pairs, splits, added, before=before, normal_form="NFC" if qwen else None)
 
     @classmethod
     def from_llama3(cls, path: Path):
@@ -698,7 +712,8 @@ class Tokenizer:
                 raise ValueError(f"{path} is torn at line {number + 1}: fetch it again") from None
         if list(merges.values()) != list(range(len(merges))) or not all(bytes([b]) in merges for b in range(256)):
             raise ValueError(f"{path} is torn: its ranks have gaps, or a byte has none: fetch it again")
-        added = [{"id": len(merges) + i, "content": f"<|{name}|>", "special": True} for i, name in enumerate(LLAMA3_SPECIAL)]
+        added = [{"id": i, "content": f"<|{name}|>", "special": True}
+                 for i, name in enumerate(LLAMA3_SPECIAL, len(merges))]
         return cls(merges, [LLAMA3_SPLIT], added, {i: word for word, i in merges.items()}, before=[len(merges)])
 
 
@@ -719,8 +734,8 @@ class ForeignTokenizer:
         return self.inner.decode(ids, skip_special_tokens=skip_special)
 
     def decoder(self, prompt: list[int]):
-        """As in Tokenizer. A token's text depends on those before it (a first token loses its space), so a window of them
-        is decoded with it and without, beginning with the prompt's end; half a character waits for its other half."""
+        """As in Tokenizer. A token's text depends on those before it (a first token loses its space), so a window of
+        them, which begins with the prompt's end, is decoded with it and without; half a character waits."""
         ids, start, done = prompt[-6:], 0, len(prompt[-6:])
 
         def push(i: int, last: bool) -> str:

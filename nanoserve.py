@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-if __name__ == "__main__":   # Ctrl-C during the slow imports ends the process without a traceback; `main` then takes over
+if __name__ == "__main__":   # Ctrl-C during the slow imports ends the process quietly; `main` then takes over
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
@@ -48,7 +48,7 @@ class SamplingParams:
     temperature: float = 0.0       # logits are divided by it; 0 takes the most likely token
     top_k: int = 0                 # sample from the k most likely tokens; 0: from all
     top_p: float = 1.0             # sample from the fewest most likely tokens that add up to p (Holtzman et al. 2019)
-    seed: int | None = None        # the same seed gives the same text, whatever else runs; None: by chance
+    seed: int | None = None        # the same seed gives the same text, whatever else runs (float32); None: by chance
     stop: str | tuple[str, ...] = ()   # end the text before any of these strings
     ignore_eos: bool = False       # go on to max_tokens
 
@@ -78,7 +78,7 @@ class Output:
     """What has become of a request so far. It goes on growing until finish_reason is set."""
     id: int
     prompt_tokens: int = 0
-    text: str = ""                     # never half a character while it grows; without the stop string and the end-of-text token
+    text: str = ""                     # so far, without half characters, stop string and end-of-text token
     token_ids: list[int] = field(default_factory=list)   # all new tokens, the end-of-text token included
     finish_reason: str | None = None   # "stop" | "length"; "error" if it was refused or failed; "abort"
     error: str | None = None           # then: why
@@ -100,6 +100,7 @@ class Request:
     arrived: float
     table: BlockTable = field(default_factory=BlockTable)
     computed: int = 0
+    admitted: bool = False         # for the first time
     unshown: str = ""              # text that may yet turn out to be the beginning of a stop string
     first_token: float = 0.0
 
@@ -176,7 +177,8 @@ class Scheduler:
                 self.release(request)
                 break
             assert self.pool.grow(request.table, len(request.tokens)), "a lone request always fits"
-            request.output.reused_tokens = max(request.output.reused_tokens, request.computed)
+            if not request.admitted:   # after a preemption it may find what it computed itself
+                request.admitted, request.output.reused_tokens = True, request.computed
             self.running.append(self.waiting.popleft())
             plan.append((request, min(request.pending, budget)))
             budget -= plan[-1][1]
@@ -230,7 +232,8 @@ def sample(logits_BV: Tensor, params: list[SamplingParams], uniforms: list[float
     probabilities = probabilities.masked_fill((before >= column([p.top_p for p in params])) & (rank > 0), 0)
     cumulative = probabilities.cumsum(-1)
     chosen = (cumulative <= column(uniforms) * cumulative[:, -1:]).sum(-1, keepdim=True)
-    chosen = chosen.minimum((probabilities > 0).sum(-1, keepdim=True) - 1).clamp(min=0)   # rounding must not pass the last one
+    last = (probabilities > 0).sum(-1, keepdim=True) - 1
+    chosen = chosen.minimum(last).clamp(min=0)   # rounding must not pass the last one
     drawn = order.gather(1, chosen)[:, 0]
     return torch.where((temperature[:, 0] > 0) & (best >= 0), drawn, best).tolist()
 
@@ -239,10 +242,10 @@ def sample(logits_BV: Tensor, params: list[SamplingParams], uniforms: list[float
 # CUDA graphs
 
 class DecodeGraphs:
-    """Decode steps recorded once per batch size and replayed, so that the GPU does not wait for Python to launch kernels.
+    """Decode steps recorded once per batch size and replayed: the GPU does not wait for Python to launch kernels.
 
-    A graph repeats its launches on the same memory, so everything that changes between steps is copied into a batch
-    that stays, and a step of 5 requests runs as one of 8, with padding that owns nothing. Tokens are the same.
+    A graph repeats its launches on the same memory, so everything that changes between steps is copied into
+    a batch that stays, and a step of 5 requests runs as one of 8, with padding that owns nothing.
     """
 
     def __init__(self, model: Model, pool: KVPool, most_blocks: int, device: torch.device):
@@ -258,13 +261,16 @@ class DecodeGraphs:
             static = make_batch([kernels.PADDING] * size, self.pool.block_size, self.device, self.most_blocks)
             self.recorded[size] = static, *record(lambda: self.model(static, self.pool))
         static, replay, logits_BV = self.recorded[size]
-        kernels.refresh(static, make_batch(chunks + [kernels.PADDING] * (size - n), self.pool.block_size), self.model.config.K)
+        batch = make_batch(chunks + [kernels.PADDING] * (size - n), self.pool.block_size)
+        kernels.refresh(static, batch, self.model.config.K)
         replay()
         return logits_BV[:n]
 
 
 def record(step):
-    """A function that repeats what `step` launches on the GPU, and the tensor in which each repetition leaves its result."""
+    """A function that repeats what `step` launches on the GPU, and the tensor in which it leaves the result."""
+    if not torch.cuda.is_available():
+        raise ValueError("CUDA graphs need a CUDA device, and there is none: use cuda_graphs=False")
     step()   # compiles the kernels and plans their work outside of the recording
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -279,24 +285,25 @@ def record(step):
 class LLM:
     """A model, its KV pool and the loop.
 
-    model: a checkpoint folder, or a Config for random weights of that shape. device: "auto" takes a GPU if there is one. dtype: "auto" is the
-    checkpoint's own on a GPU and float32 on a CPU. attention: "auto" is "triton" on a GPU and "torch"
-    elsewhere; "triton" on a CPU runs the same kernels in Triton's interpreter, slowly. block_size:
-    tokens per KV block; num_blocks: blocks in the pool; max_batched_tokens: tokens per step; None is
-    what suits the device. max_seqs: requests that may run at once. prefix_cache: whether to look for
-    prompts' beginnings among blocks computed before. cuda_graphs: whether decode steps are replayed; None: wherever
-    attention is "triton" on a GPU.
+    model: a checkpoint folder, or a Config for random weights of that shape. device: "auto" takes a GPU
+    if there is one. dtype: "auto" is the checkpoint's own on a GPU and float32 on a CPU. attention: "auto"
+    is "triton" on a GPU and "torch" elsewhere; "triton" on a CPU runs the same kernels in Triton's
+    interpreter, slowly. block_size: tokens per KV block; num_blocks: blocks in the pool;
+    max_batched_tokens: tokens per step; None is what suits the device. max_seqs: requests that may run at
+    once. prefix_cache: whether to look for prompts' beginnings among blocks computed before. cuda_graphs:
+    whether decode steps are replayed; None: wherever attention is "triton" on a GPU.
     Raises ValueError, in one sentence, for what does not exist or does not fit.
     """
 
     def __init__(self, model: str | Path | Config, device: str = "auto", dtype: str = "auto", attention: str = "auto",
                  block_size: int | None = None, num_blocks: int | None = None, max_batched_tokens: int | None = None,
                  max_seqs: int = 64, prefix_cache: bool = True, cuda_graphs: bool | None = None):
-        random = isinstance(model, Config)
-        self.folder = None if random else Path(model)
-        self.config = c = model if random else read_config(self.folder)
+        self.folder = None if isinstance(model, Config) else Path(model)
+        self.config = c = read_config(self.folder) if self.folder else model
         self.device = find_device(device)
         gpu = self.device.type == "cuda"
+        if gpu and self.device.index is not None:   # Triton and CUDA graphs launch on the current device
+            torch.cuda.set_device(self.device)
         name = str(dtype).removeprefix("torch.")
         name = (c.dtype if gpu else "float32") if name == "auto" else name
         if name not in DTYPES:
@@ -310,34 +317,37 @@ class LLM:
             if value is not None and (not is_int(value) or not 0 < value < 2 ** 31):
                 raise ValueError(f"{what} is {str(value)[:50]}: it must be a whole number from 1 to 2147483647")
         kernels.check(attention, self.device, DTYPES[name], c.H, c.K, c.D, block_size)
+        if cuda_graphs and attention != "triton":
+            raise ValueError(f"cuda_graphs=True needs attention='triton', not {attention!r}: leave one of them out")
 
-        self.tokenizer = None if random else load_tokenizer(self.folder)
-        weights = (random_weights(c, self.device, DTYPES[name]) if random else
-                   load_weights(self.folder, c, self.device, DTYPES[name]))
+        self.tokenizer = load_tokenizer(self.folder) if self.folder else None
+        weights = (load_weights(self.folder, c, self.device, DTYPES[name]) if self.folder else
+                   random_weights(c, self.device, DTYPES[name]))
         self.model = Model(c, weights, attention)
         self.pool = self._make_pool(block_size, num_blocks, max_seqs, DTYPES[name], prefix_cache)
         self.scheduler = Scheduler(self.pool, max_batched_tokens, max_seqs)
         self.graphs = None
-        if gpu and attention == "triton" if cuda_graphs is None else cuda_graphs:
+        if gpu and attention == "triton" and not kernels.INTERPRETED if cuda_graphs is None else cuda_graphs:
             self.graphs = DecodeGraphs(self.model, self.pool, self.pool.blocks_for(c.context), self.device)
         self.requests: dict[int, Request] = {}
         self.finished_elsewhere: list[Output] = []
         self.next_id = 0
 
     def _make_pool(self, block_size, num_blocks, max_seqs, dtype, prefix_cache) -> KVPool:
-        """The pool: room for max_seqs full contexts, but at most 90% of a GPU's free memory or a quarter of RAM."""
+        """The pool: room for max_seqs full contexts, but at most 80% of a GPU's free memory or a quarter of RAM."""
         c = self.config
         block_bytes = 2 * c.L * c.K * block_size * c.D * dtype.itemsize
         if self.device.type == "cuda":
-            memory = int(torch.cuda.mem_get_info(self.device)[0] * 0.9)
+            memory = int(torch.cuda.mem_get_info(self.device)[0] * 0.8)
         else:
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
         if num_blocks is None:
             most = memory if self.device.type == "cuda" else memory // 4
             num_blocks = max(1, min(-(-c.context // block_size) * max_seqs, most // block_bytes))
         if num_blocks * block_bytes > memory:
-            raise ValueError(f"{num_blocks} blocks of {block_size} tokens need {num_blocks * block_bytes / 1e9:.1f} GB, and "
-                             f"{self.device} has {memory / 1e9:.1f} GB: at most {memory // block_bytes} blocks fit")
+            size = num_blocks * block_bytes / 1e9
+            raise ValueError(f"{num_blocks} blocks of {block_size} tokens need {size:.1f} GB, and {self.device} has "
+                             f"{memory / 1e9:.1f} GB: at most {memory // block_bytes} blocks fit")
         return KVPool(c.L, c.K, c.D, num_blocks, block_size, dtype, self.device, prefix_cache)
 
     # --- the loop, one turn at a time
@@ -389,8 +399,9 @@ class LLM:
             return grown
         # Only who has no tokens left to compute gets a new one: not a prompt that is still in pieces.
         ready = [request for request, n in plan if n == request.pending]
-        logits_BV = self._run([Chunk(r.tokens[r.computed:r.computed + n], r.computed, r.table.blocks, int(n == r.pending))
-                               for r, n in plan])
+        chunks = [Chunk(r.tokens[r.computed:r.computed + n], r.computed, r.table.blocks, logits=int(n == r.pending))
+                  for r, n in plan]
+        logits_BV = self._run(chunks)
         for request, n in plan:
             request.computed += n
             self.pool.commit(request.table, request.tokens, request.computed)
@@ -413,7 +424,7 @@ class LLM:
         self.finished_elsewhere = [out for out in self.step() if out.finish_reason and out not in outputs]
 
     def _run(self, chunks: list[Chunk]) -> Tensor:
-        if self.graphs and all(len(chunk.tokens) == 1 for chunk in chunks):
+        if self.graphs and all(len(chunk.tokens) == 1 == chunk.logits for chunk in chunks):
             return self.graphs.run(chunks)
         return self.model(make_batch(chunks, self.pool.block_size, self.device), self.pool)
 
@@ -429,7 +440,8 @@ class LLM:
 
     # --- whole prompts
 
-    def generate(self, prompts: str | list, params: SamplingParams | list[SamplingParams] = SamplingParams()) -> list[Output]:
+    def generate(self, prompts: str | list,
+                 params: SamplingParams | list[SamplingParams] = SamplingParams()) -> list[Output]:
         """Run prompts (texts or lists of token ids) as one batch; outputs in their order.
 
         A prompt that cannot run ends with finish_reason "error" and the reason in `error`; the others
@@ -462,7 +474,7 @@ class LLM:
         return outputs
 
     def stream(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> Iterator[str]:
-        """The text of one prompt, piece by piece as it appears. Asking for the first raises ValueError if it cannot run."""
+        """The text of one prompt, piece by piece as it appears. Raises ValueError, at the first, if it cannot run."""
         out, shown = self.requests[self.add(prompt, params)].output, 0
         try:
             while out.finish_reason is None:
@@ -482,7 +494,8 @@ class LLM:
         try:
             for start in range(0, len(tokens), self.scheduler.max_batched_tokens):
                 chunk = tokens[start:start + self.scheduler.max_batched_tokens]
-                rows.append(self._run([Chunk(chunk, start, table.blocks, len(chunk))]))
+                batch = make_batch([Chunk(chunk, start, table.blocks, len(chunk))], self.pool.block_size, self.device)
+                rows.append(self.model(batch, self.pool))
         finally:
             self.pool.release(table)
         return torch.cat(rows)
@@ -502,7 +515,8 @@ def find_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} GPUs "
                          "that PyTorch can use; try --device cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device 'mps' is not there: this machine has no Apple GPU that PyTorch can use; try --device cpu")
+        raise ValueError("device 'mps' is not there: this machine has no Apple GPU that PyTorch can use; "
+                         "try --device cpu")
     return device
 
 
@@ -515,26 +529,32 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "batch. The text goes to standard output, everything else to standard error.")
     parser.error = lambda message: parser.exit(2, f"nanoserve.py: {message}; see --help\n")
     add = parser.add_argument_group("prompts").add_argument
-    add("--prompt", action="append", default=[], metavar="TEXT", help='text to continue; repeatable; "-" reads standard input')
+    add("--prompt", action="append", default=[], metavar="TEXT",
+        help='text to continue; repeatable; "-" reads standard input')
     add("--prompts-file", metavar="FILE", help="a prompt per line (UTF-8); empty lines are skipped")
     add = parser.add_argument_group("model").add_argument
     add("--model", default=Path(__file__).parent / "demo/llama", metavar="DIR",
         help="folder with config.json, model.safetensors and the tokenizer's files (default: demo/llama)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: a GPU if there is one)")
-    add("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: the checkpoint's on a GPU, float32 on a CPU)")
+    add("--dtype", default="auto",
+        help="auto, float32, float16 or bfloat16 (default: the checkpoint's on a GPU, float32 on a CPU)")
     add("--attention", default="auto", help="auto, torch, triton or naive (default: triton on a GPU, torch elsewhere)")
     add = parser.add_argument_group("choosing tokens").add_argument
     add("--max-tokens", type=int, default=512, metavar="N", help="at most N new tokens per prompt (default: 512)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0: the most likely token; higher: more surprise (default: 0)")
+    add("--temperature", type=float, default=0.0, metavar="T",
+        help="0: the most likely token; higher: more surprise (default: 0)")
     add("--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens (default: all)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the fewest tokens that add up to P (default: 1)")
+    add("--top-p", type=float, default=1.0, metavar="P",
+        help="sample from the fewest tokens that add up to P (default: 1)")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     add("--ignore-eos", action="store_true", help="go on to --max-tokens even if the model ends its text")
     add = parser.add_argument_group("engine").add_argument
     add("--block-size", type=int, metavar="N", help="tokens per KV block (default: 64 on a GPU, 16 elsewhere)")
-    add("--num-blocks", type=int, metavar="N", help="KV blocks in the pool (default: what --max-seqs needs and memory allows)")
-    add("--max-batched-tokens", type=int, metavar="N", help="token budget of a step (default: 4096 on a GPU, 512 elsewhere)")
+    add("--num-blocks", type=int, metavar="N",
+        help="KV blocks in the pool (default: what --max-seqs needs and memory allows)")
+    add("--max-batched-tokens", type=int, metavar="N",
+        help="token budget of a step (default: 4096 on a GPU, 512 elsewhere)")
     add("--max-seqs", type=int, default=64, metavar="N", help="requests that may run at once (default: 64)")
     add("--json", action="store_true", help="print one JSON object per prompt instead of its text")
     return parser.parse_args(argv)
@@ -560,8 +580,10 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         try:
             data = Path(args.prompts_file).read_bytes()
         except OSError as error:
-            raise ValueError(f"{args.prompts_file} cannot be read ({error.strerror}): give --prompts-file a text file") from None
-        prompts += [line for line in decode_utf8(data, args.prompts_file).replace("\r\n", "\n").split("\n") if line.strip()]
+            raise ValueError(f"{args.prompts_file} cannot be read ({error.strerror}): "
+                             "give --prompts-file a text file") from None
+        lines = decode_utf8(data, args.prompts_file).replace("\r\n", "\n").split("\n")
+        prompts += [line for line in lines if line.strip()]
     if not prompts:
         raise ValueError('there is no prompt: give --prompt "The cat sat", --prompt - or --prompts-file FILE')
     return prompts
@@ -577,7 +599,8 @@ def decode_utf8(data: bytes, source: str) -> str:
 def serve(args: argparse.Namespace) -> int:
     """Run the prompts of the command line and print their texts in order, each as it appears."""
     prompts = read_prompts(args)
-    params = SamplingParams(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, args.stop, args.ignore_eos)
+    params = SamplingParams(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, args.stop,
+                            args.ignore_eos)
     llm = LLM(args.model, args.device, args.dtype, args.attention, args.block_size, args.num_blocks,
               args.max_batched_tokens, args.max_seqs)
     outputs = llm.start(prompts, params)
@@ -625,9 +648,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python complains again when it exits
-        closed = isinstance(error, BrokenPipeError)
-        say("nanoserve.py: standard output was closed before the text was complete: keep the reader open, or ask for less with "
-            "--max-tokens" if closed else f"nanoserve.py: the text could not be written ({error.strerror}): send it elsewhere")
+        if isinstance(error, BrokenPipeError):
+            say("nanoserve.py: standard output was closed before the text was complete: "
+                "keep the reader open, or ask for less with --max-tokens")
+        else:
+            say(f"nanoserve.py: the text could not be written ({error.strerror}): send it elsewhere")
         return 1
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # for the fixture below, on a GPU
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -125,7 +127,7 @@ def test_kernel_holds_when_scores_differ_by_hundreds(poisoned, backend):
     q = torch.from_numpy(np.random.default_rng(1).standard_normal((41, 2, 16))).float()
     out = kernels.ATTENTION[backend](q.to(DEVICE), pool_k, pool_v, batch, 100.0).double().cpu().numpy()
     for rows, (k, v) in zip((slice(0, 1), slice(1, 41)), dense):
-        np.testing.assert_allclose(out[rows], dense_attention(q[rows].double().numpy(), k, v, 100.0, None), atol=1e-4)
+        np.testing.assert_allclose(out[rows], dense_attention(q[rows].double().numpy(), k, v, 100.0, None), atol=1e-3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -149,7 +151,11 @@ def test_kernel_writes_kv_into_its_slots_and_nowhere_else(backend, T, K, D, S, s
 @pytest.mark.skipif(kernels.triton is None, reason="no Triton here")
 def test_kernels_compile_for_gpus_that_are_not_here():
     """The interpreter accepts more than the compiler does; and what the compiler makes must not spill."""
-    code = "import bench, json; print(json.dumps([c for sm in (80, 90) for c in bench.compile_launches(lambda: bench.launch_all(128), sm)]))"
+    code = """
+import bench, json, torch
+odd = dict(dtype=torch.float32, S=16, H=14, K=2, window=50, slopes_H=torch.ones(14))   # whatever else there is, at once
+bench.compile_launches(lambda: bench.launch_all(80, **odd), 90)
+print(json.dumps([c for sm in (80, 90) for c in bench.compile_launches(lambda: bench.launch_all(128), sm)]))"""
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     compiled = {(c["kernel"], c["gpu"]): c for c in json.loads(done.stdout)}
@@ -161,7 +167,9 @@ def test_kernels_compile_for_gpus_that_are_not_here():
 @pytest.mark.skipif(kernels.triton is None, reason="no Triton here")
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_kernel_reaches_the_end_of_a_pool_larger_than_an_int32(backend):
-    """Element offsets beyond 2^31 in one head, and in the second head: only pages that are touched take memory."""
+    """Element offsets beyond 2^31 in one head, and in the second head. On a CPU only pages that are touched take memory."""
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 20e9:
+        pytest.skip("takes 17 GB of GPU memory")
     S, D, N = 64, 64, 2 ** 31 // (64 * 64) + 3
     pool_k, pool_v = (torch.empty(2, N, S, D, dtype=torch.float16, device=DEVICE) for _ in "kv")
     chunks = [Chunk([0], 99, [N - 1, N - 3]), Chunk([0] * 20, 60, [N - 2, 0])]
@@ -471,7 +479,7 @@ def test_logits_equal_a_plain_forward_at_every_position(tmp_path, name):
     expected = plain(config, tensors, ids)
     for options in (dict(attention="torch"), dict(attention="torch", block_size=5, max_batched_tokens=37),
                     *[dict(attention="triton", block_size=8, max_batched_tokens=50)] * (kernels.triton is not None)):
-        logits = LLM(tmp_path, **options).logits(ids).double().cpu()
+        logits = LLM(tmp_path, dtype="float32", **options).logits(ids).double().cpu()
         assert (logits - expected).abs().max() < 1e-4 * expected.abs().max(), options
 
 
@@ -487,10 +495,10 @@ def test_prefix_shards_buffers_and_stored_dtype_make_no_difference(tmp_path, nam
     else:
         write_checkpoint(tmp_path / "other", config, tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, shards=3)
     write_checkpoint(tmp_path / "one", config, tensors)
-    a, b = (LLM(tmp_path / which).logits(list(range(50))).cpu() for which in ("one", "other"))
+    a, b = (LLM(tmp_path / which, dtype="float32").logits(list(range(50))).cpu() for which in ("one", "other"))
     torch.testing.assert_close(a, b, rtol=0, atol=0)
     expected = plain(config, tensors, list(range(50)))
-    assert (a - expected).abs().max() < (1e-4 if DEVICE == "cpu" else 3e-2) * expected.abs().max()
+    assert (a - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_eos_comes_from_generation_config_first_and_may_be_a_list(tmp_path):
@@ -647,6 +655,8 @@ def test_unsupported_config_is_refused_before_any_weight_is_read(tmp_path, monke
     rewrite(tmp_path, LLAMA)
     with pytest.raises(ValueError, match="magic"):
         LLM(tmp_path, attention="magic")
+    with pytest.raises(ValueError, match="cuda_graphs"):
+        LLM(tmp_path, attention="torch", cuda_graphs=True)
     if kernels.INTERPRETED:
         with pytest.raises(ValueError, match="bfloat16"):
             LLM(tmp_path, attention="triton", dtype="bfloat16")
@@ -966,7 +976,7 @@ def test_tokens_depend_on_the_prompt_alone(lone, config, options, spare, arrival
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="no Triton here")
-@settings(max_examples=6 if DEVICE == "cpu" else 60)
+@settings(max_examples=6 if DEVICE == "cpu" else 20)
 @given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals)
 def test_tokens_do_not_depend_on_the_attention_backend(lone, config, options, spare, arrivals):
     options["max_batched_tokens"] += 20
@@ -974,7 +984,7 @@ def test_tokens_do_not_depend_on_the_attention_backend(lone, config, options, sp
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="no Triton here")
-@settings(max_examples=8 if DEVICE == "cpu" else 60)
+@settings(max_examples=8 if DEVICE == "cpu" else 20)
 @given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals)
 def test_tokens_are_the_same_with_cuda_graphs(lone, monkeypatch, config, options, spare, arrivals):
     """Without a GPU, a stand-in for the graph repeats the step on the batch that stays: padding and refreshing are the same."""
@@ -983,7 +993,6 @@ def test_tokens_are_the_same_with_cuda_graphs(lone, monkeypatch, config, options
             result = step()
             return lambda: result.copy_(step()), result
         monkeypatch.setattr(nanoserve, "record", record)
-    options["max_batched_tokens"] += 20
     assert_tokens_do_not_depend_on_company(lone, config, "triton", options | dict(cuda_graphs=True), spare, arrivals)
 
 
@@ -1028,6 +1037,15 @@ def test_second_request_with_the_same_beginning_computes_only_the_rest(lone):
     assert b.token_ids == expected[6]
     off = LLM(folder, block_size=8, prefix_cache=False)
     assert [out.reused_tokens for _ in "ab" for out in off.generate([prompts[7]])] == [0, 0]
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="no Triton here")
+def test_logits_are_not_overwritten_where_graphs_replay(lone, monkeypatch):
+    folder, prompts, _ = lone["llama"]
+    if DEVICE == "cpu":
+        monkeypatch.setattr(nanoserve, "record", lambda step: (lambda result: (lambda: result.copy_(step()), result))(step()))
+    one_by_one = LLM(folder, attention="triton", max_batched_tokens=1, cuda_graphs=True).logits(prompts[1])
+    torch.testing.assert_close(one_by_one, LLM(folder).logits(prompts[1]), rtol=1e-4, atol=1e-4)
 
 
 def test_abort_in_the_middle_of_a_chunk_gives_the_blocks_back(lone):
@@ -1185,11 +1203,11 @@ def test_the_readme_command_writes_a_story(tmp_path):
 
 def test_several_prompts_run_as_one_batch_and_print_in_order(tmp_path):
     (tmp_path / "prompts").write_text("Once upon a time\n\nOne day, 😀\n", "utf-8")
-    arguments = ["--max-tokens", "8", "--prompts-file", str(tmp_path / "prompts"), "--prompt", "The dog", "--prompt", "-"]
+    arguments = ["--dtype", "float32", "--max-tokens", "8", "--prompts-file", str(tmp_path / "prompts"), "--prompt", "The dog", "--prompt", "-"]
     code, out, err = run(*arguments, "--json", stdin="Lily\n".encode())
     objects = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [o["prompt"] for o in objects] == ["The dog", "Lily", "Once upon a time", "One day, 😀"]
-    llm = LLM(HERE / "demo/llama")
+    llm = LLM(HERE / "demo/llama", dtype="float32")
     for o in objects:
         (alone,) = llm.generate([o["prompt"]], SamplingParams(max_tokens=8))
         assert (o["text"], o["token_ids"], o["finish_reason"]) == (alone.text, alone.token_ids, alone.finish_reason)
@@ -1264,6 +1282,21 @@ def test_closed_and_full_standard_streams_are_no_traceback():
         assert done.returncode == code and words in done.stderr and done.stderr.count("\n") <= 1, done.stderr
 
 
+def test_everything_but_triton_works_where_there_is_no_triton(lone):
+    folder, prompts, expected = lone["llama"]
+    code = f"""
+import sys; sys.modules["triton"] = None   # as if it were not installed
+from nanoserve import LLM, SamplingParams
+print(LLM({str(folder)!r}, device="cpu").generate([{prompts[1]}], SamplingParams(max_tokens={NEW}))[0].token_ids)
+try:
+    LLM({str(folder)!r}, device="cpu", attention="triton")
+except ValueError as error:
+    print(error)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    tokens, error = done.stdout.splitlines()
+    assert json.loads(tokens) == expected[1] and "needs the triton package" in error
+
+
 def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit) as end:
         nanoserve.main(["--help"])
@@ -1300,7 +1333,7 @@ def test_demo_checkpoints_share_a_tokenizer_and_fit_their_size():
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_demo_stories_end_by_themselves(name):
-    llm = LLM(HERE / "demo" / name)
+    llm = LLM(HERE / "demo" / name, dtype="float32")
     outs = llm.generate(["The cat sat", "Once upon a time", "One day, Tom"], SamplingParams(max_tokens=900))
     assert [out.finish_reason for out in outs] == ["stop"] * 3
     assert "".join(llm.stream("The cat sat", SamplingParams(max_tokens=900))) == outs[0].text
