@@ -137,9 +137,9 @@ def show_compiled():
     print_table("The kernels as compiled for bfloat16, 32 query and 8 KV heads, blocks of 64 tokens",
                 ["kernel", "GPU", "tile", "warps", "stages", "regs", "spills", "KiB", "units", "per SM", "occupied"],
                 rows)
-    print("\ntile: query rows x keys; regs: registers per thread; spills: bytes of them that did not fit; KiB: shared\n"
-          "memory; units: the instruction that feeds the matrix units; per SM: programs that fit on one multi-\n"
-          "processor by registers, shared memory and warps; occupied: the share of its warps that they fill.")
+    print("\ntile: query rows x keys; regs: registers per thread; spills: bytes of them that did not fit;\n"
+          "KiB: shared memory; units: the instruction that feeds the matrix units; per SM: programs that fit\n"
+          "on a multiprocessor by registers, shared memory and warps; occupied: how many of its warps they fill")
 
 
 # ---------------------------------------------------------------------------------------------
