@@ -1040,11 +1040,14 @@ def test_second_request_with_the_same_beginning_computes_only_the_rest(lone):
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="no Triton here")
-def test_logits_are_not_overwritten_where_graphs_replay(lone, monkeypatch):
-    folder, prompts, _ = lone["llama"]
+def test_prompts_cut_into_single_tokens_do_not_disturb_a_replayed_graph(lone, monkeypatch):
+    folder, prompts, expected = lone["llama"]
     if DEVICE == "cpu":
         monkeypatch.setattr(nanoserve, "record", lambda step: (lambda result: (lambda: result.copy_(step()), result))(step()))
-    one_by_one = LLM(folder, attention="triton", max_batched_tokens=1, cuda_graphs=True).logits(prompts[1])
+    options = dict(attention="triton", block_size=4, cuda_graphs=True)
+    outs = LLM(folder, max_batched_tokens=2, **options).generate([prompts[i] for i in (1, 3, 0)], SamplingParams(max_tokens=NEW))
+    assert [out.token_ids for out in outs] == [expected[i] for i in (1, 3, 0)]
+    one_by_one = LLM(folder, max_batched_tokens=1, **options).logits(prompts[1])
     torch.testing.assert_close(one_by_one, LLM(folder).logits(prompts[1]), rtol=1e-4, atol=1e-4)
 
 
