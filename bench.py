@@ -78,9 +78,8 @@ def compile_launches(launch, capability: int) -> list[dict]:
         signature = {p.name: "constexpr" if p.is_constexpr else mangle_type(values[p.name]) for p in kernel.params}
         aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params)   # as a real launch would find
                    if not p.is_constexpr and (torch.is_tensor(values[p.name]) or values[p.name] % 16 == 0)}
-        import triton
-        binary = triton.compile(ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", capability, 32),
-                                launch_options)
+        source, target = ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", capability, 32)
+        binary = kernels.triton.compile(source, target, launch_options)
         registers, spills = resources(binary.asm["cubin"])
         warps, shared = binary.metadata.num_warps, binary.metadata.shared
         programs = min(REGISTERS // (32 * warps * -(-registers // 8) * 8), WARPS // warps,
@@ -103,8 +102,7 @@ def compile_launches(launch, capability: int) -> list[dict]:
 
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers per thread and bytes of spilled registers, by NVIDIA's cuobjdump, which comes with Triton."""
-    import triton
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tool = Path(kernels.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
