@@ -26,6 +26,7 @@ contiguous piece of memory. Token t of a request lives in block block_table[t //
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from dataclasses import dataclass, field
@@ -82,6 +83,7 @@ class Batch:
     block_tables_BM: Tensor    # each request's blocks, padded with 0
     rows: list[slice]          # query_starts, for Python
     lens: list[int]            # kv_lens, for Python
+    blocks: list[list[int]]    # block_tables, for Python
     num_decodes: int
     plans: dict = field(default_factory=dict)  # what a launcher worked out once for all layers
 
@@ -108,7 +110,8 @@ def make_batch(chunks: list[Chunk], block_size: int, device: torch.device | str 
     parts = tokens, positions, slots, [0] + [r.stop for r in rows], lens, logit_rows, tables
     memory = torch.tensor([value for part in parts for value in part]).to(device)
     views = memory.split([len(part) for part in parts])
-    return Batch(memory, *views[:-1], views[-1].view(len(chunks), width), rows, lens, num_decodes)
+    return Batch(memory, *views[:-1], views[-1].view(len(chunks), width), rows, lens, [c.blocks for c in chunks],
+                 num_decodes)
 
 
 PADDING = Chunk([0], 0, [])   # a request that owns nothing and writes nowhere, to fill up a captured graph
@@ -142,8 +145,8 @@ def attention_naive(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
 
 def write_kv_torch(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, slots_T: Tensor):
     """Put the step's K and V into their slots of the pool."""
-    k_KNSD.flatten(1, 2)[:, slots_T] = k_TKD.transpose(0, 1)
-    v_KNSD.flatten(1, 2)[:, slots_T] = v_TKD.transpose(0, 1)
+    k_KNSD.flatten(1, 2).index_copy_(1, slots_T, k_TKD.transpose(0, 1))
+    v_KNSD.flatten(1, 2).index_copy_(1, slots_T, v_TKD.transpose(0, 1))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -151,50 +154,86 @@ def write_kv_torch(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor,
 
 def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch, scale: float,
                     window: int | None = None, slopes_H: Tensor | None = None) -> Tensor:
-    """Attention from PyTorch's own parts: decodes as one padded product, prefills one by one.
+    """Attention by PyTorch's fused kernel, in as few calls per step as the requests' lengths allow.
 
-    Wins: runs anywhere and needs no compiler. Loses: gathers K and V into a contiguous copy first,
-    which triples the bytes moved, and pads every decode to the longest.
+    A decode is one row of queries per KV head, and what it costs is reading K and V once: where a request's blocks
+    are neighbours they are one view [K, keys, D], read in place. A prefill is a call per chunk.
     """
-    out_THD = torch.empty_like(q_THD)
-    n, K, S = batch.num_decodes, *k_KNSD.shape[::2][:2]
-    if n:
-        out_THD[:n] = _decode_torch(q_THD[:n], k_KNSD, v_KNSD, batch, scale, window, slopes_H)
-    for rows, kv_len, table in zip(batch.rows[n:], batch.lens[n:], batch.block_tables_BM[n:]):
-        q_KGTD = q_THD[rows].unflatten(1, (K, -1)).permute(1, 2, 0, 3)
-        first = kv_len - q_KGTD.shape[2]                       # position of the chunk's first query
-        begin = max(0, first - window + 1) // S * S if window else 0   # the first key it can see
-        blocks = table[begin // S:(kv_len - 1) // S + 1]
-        k_K1TD, v_K1TD = (pool[:, blocks].flatten(1, 2)[:, None, :kv_len - begin]
-                          for pool in (k_KNSD, v_KNSD))
-        seen = None                                            # None: SDPA's own causal mask will do
-        if first > 0 or window or slopes_H is not None:
-            distance = batch.positions_T[rows, None] - torch.arange(begin, kv_len, device=q_THD.device)
-            seen = (distance >= 0) & (distance < (window or kv_len))
-            if slopes_H is not None:
-                bias = slopes_H.view(K, -1, 1, 1).to(q_THD) * -distance
-                seen = bias.masked_fill(~seen, -torch.inf)
-        o_KGTD = scaled_dot_product_attention(
-            q_KGTD, k_K1TD.expand(-1, q_KGTD.shape[1], -1, -1), v_K1TD.expand(-1, q_KGTD.shape[1], -1, -1),
-            attn_mask=seen, is_causal=seen is None, scale=scale)
-        out_THD[rows] = o_KGTD.permute(2, 0, 1, 3).flatten(1, 2)
-    return out_THD
+    (T, H, D), K, outs = q_THD.shape, len(k_KNSD), []
+    for keys in plan_torch(batch, k_KNSD, window, slopes_H):
+        k_BKTD, v_BKTD = keys.take(k_KNSD, 0), keys.take(v_KNSD, 1)
+        q_TKGD = q_THD[keys.rows].view(-1, K, H // K, D)
+        if keys.decodes:    # B = T: the G query heads that share a KV head are the rows of its product
+            o_TKGD = scaled_dot_product_attention(q_TKGD, k_BKTD, v_BKTD, keys.mask, scale=scale)
+        else:               # B = 1, and every KV head is seen G times
+            k_KGTD, v_KGTD = (x.transpose(0, 1).expand(-1, H // K, -1, -1) for x in (k_BKTD, v_BKTD))
+            o_TKGD = scaled_dot_product_attention(q_TKGD.permute(1, 2, 0, 3), k_KGTD, v_KGTD, keys.mask, scale=scale,
+                                                  is_causal=keys.mask is None).permute(2, 0, 1, 3)
+        outs.append(o_TKGD.flatten(1, 2))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _decode_torch(q_BHD, k_KNSD, v_KNSD, batch, scale, window, slopes_H):
-    """One query row per request against all of its keys, every request padded to the longest."""
-    tables_BM = batch.block_tables_BM[:q_BHD.shape[0]]
-    k_KBTD = k_KNSD[:, tables_BM].flatten(2, 3)
-    v_KBTD = v_KNSD[:, tables_BM].flatten(2, 3)
-    q_KBGD = q_BHD.unflatten(1, (k_KNSD.shape[0], -1)).transpose(0, 1)
-    distance_BT = batch.positions_T[:len(q_BHD), None] - torch.arange(k_KBTD.shape[2], device=q_BHD.device)
-    seen_BT = (distance_BT >= 0) & (distance_BT < (window or k_KBTD.shape[2]))
-    scores_KBGT = (q_KBGD @ k_KBTD.mT).float() * scale
-    if slopes_H is not None:
-        scores_KBGT -= slopes_H.view(len(k_KNSD), 1, -1, 1) * distance_BT[None, :, None]
-    weights = scores_KBGT.masked_fill(~seen_BT[None, :, None], -torch.inf).softmax(-1)
-    v_KBTD = v_KBTD.masked_fill(~seen_BT[None, :, :, None], 0)  # 0 * NaN is NaN: slots nobody owns may hold anything
-    return (weights.to(q_BHD.dtype) @ v_KBTD).transpose(0, 1).flatten(1, 2)
+class Keys(NamedTuple):
+    """The keys that some requests of a step see, for one call."""
+    rows: slice              # the requests' query rows
+    decodes: bool            # one row each, else one request's chunk
+    run: slice | None        # their slots in the pool, if these are neighbours
+    slots_BKT: Tensor | None   # else: rows of the pool as [K * N * S, D]
+    copies: Tensor | None    # [2, B * K * T, D], what K and V are then gathered into
+    mask: Tensor | None      # added to the scores
+
+    def take(self, pool_KNSD: Tensor, which: int) -> Tensor:
+        """Their K or V, [B, K, T, D]."""
+        K, N, S, D = pool_KNSD.shape
+        if self.run:
+            return pool_KNSD.view(1, K, -1, D)[:, :, self.run]
+        torch.index_select(pool_KNSD.view(-1, D), 0, self.slots_BKT.view(-1), out=self.copies[which])
+        return self.copies[which].view(*self.slots_BKT.shape, D)
+
+
+IN_PLACE = 400_000   # bytes of K and V that take as long to gather as a call of their own takes to make, 15 us
+
+
+def plan_torch(batch: Batch, k_KNSD: Tensor, window: int | None, slopes_H: Tensor | None) -> list[Keys]:
+    """The calls that attend to the whole step, in the order of its rows; worked out once for all layers.
+
+    A chunk has a call of its own, and so has a long decode whose blocks are neighbours. Other decodes share one
+    with those beside them of about the same length: their keys are gathered, and padded to the longest.
+    """
+    if ("torch", window) in batch.plans:
+        return batch.plans["torch", window]
+    (K, N, S, D), device, n = k_KNSD.shape, k_KNSD.device, batch.num_decodes
+    firsts, runs, calls = [], [], []
+    for b, (rows, length, blocks) in enumerate(zip(batch.rows, batch.lens, batch.blocks)):
+        first = max(0, length - (rows.stop - rows.start) + 1 - window) if window else 0   # the first key that it sees
+        blocks = blocks[first // S:-(-length // S)]
+        slot, seen = blocks[0] * S + first % S, length - first
+        neighbours = blocks == list(range(blocks[0], blocks[0] + len(blocks)))
+        alone = b >= n or neighbours and 2 * seen * K * D * k_KNSD.element_size() > IN_PLACE
+        firsts.append(first)
+        runs.append(slice(slot, slot + seen) if neighbours else None)
+        calls.append(-b if alone else max(7, seen.bit_length()))   # equal for requests that share a call
+
+    plan = batch.plans["torch", window] = []
+    for _, members in itertools.groupby(range(len(calls)), calls.__getitem__):
+        b, *others = members
+        stop, decodes, run, slots_BKT, copies, mask = b + 1 + len(others), b < n, runs[b], None, None, None
+        rows = slice(batch.rows[b].start, batch.rows[stop - 1].stop)
+        whole = decodes or rows.stop - rows.start == batch.lens[b] and not window   # a decode sees all of its keys
+        if others or not run or not whole or slopes_H is not None:
+            width = max(batch.lens[i] - firsts[i] for i in range(b, stop))
+            key_BT = torch.tensor(firsts[b:stop], device=device)[:, None] + torch.arange(width, device=device)
+            distance = batch.positions_T[rows].view(stop - b, 1, -1, 1) - key_BT[:, None, None]   # [B, 1, T, keys]
+            seen = (distance >= 0) & (distance < (window or N * S))
+            bias = 0.0 if slopes_H is None else slopes_H.view((1, K, -1, 1) if decodes else (K, -1, 1, 1)) * -distance
+            mask = torch.where(seen, bias, -torch.inf).to(k_KNSD.dtype)
+            if others or not run:   # a short request is padded with its own last key: no slot of nobody is read
+                key_BT = key_BT.minimum(batch.kv_lens[b:stop, None] - 1)
+                slots_BT = batch.block_tables_BM[b:stop].gather(1, key_BT // S) * S + key_BT % S
+                slots_BKT = slots_BT[:, None] + torch.arange(K, device=device)[:, None] * (N * S)
+                copies, run = k_KNSD.new_empty(2, slots_BKT.numel(), D), None
+        plan.append(Keys(rows, decodes, run, slots_BKT, copies, mask))
+    return plan
 
 
 # ---------------------------------------------------------------------------------------------

@@ -324,15 +324,14 @@ class Checkpoint:
                 raise ValueError(f"tensor {self.names[name]} has no place in the model that config.json describes: "
                                  "the two do not belong together")
 
-    def read_into(self, target: Tensor, name: str, transpose: bool):
+    def read_into(self, target: Tensor, name: str):
         # Opening the file for each tensor lets go of its mapped pages, so memory holds one copy of the weights.
-        source = self._open(self.files[self.names[name]]).get_tensor(self.names[name])
-        target.copy_(source.T if transpose else source)
+        target.copy_(self._open(self.files[self.names[name]]).get_tensor(self.names[name]).view(target.shape))
 
 
 def empty_weights(c: Config, device: torch.device, dtype: torch.dtype) -> tuple[dict, list]:
-    """Memory for every part by its name in NAMES, one entry per layer (or one), and what to fill it with:
-    a list of (target tensor, name in the checkpoint, whether it is stored transposed)."""
+    """Memory for every part by its name in NAMES, one entry per layer (or one), and what to fill it with: a list of
+    (a view of that memory in the order in which the tensor is stored, its name in the checkpoint, its shape there)."""
     gate_and_up = [c.I, c.I] if c.family == "llama" else [c.I]
     # part: rows of each of its tensors, and columns (0: a vector)
     shapes = {"embedding": ([c.V], c.E), "position": ([c.context], c.E), "attn_norm": ([c.E], 0),
@@ -351,7 +350,6 @@ def empty_weights(c: Config, device: torch.device, dtype: torch.dtype) -> tuple[
         pattern = NAMES[part][c.family == "llama"]
         if not pattern:
             continue
-        transpose = c.family == "gpt2" and part in ("qkv", "out", "up", "down")   # Conv1D stores [in, out]
         kinds = {"weight": columns}
         if part in c.biased or (c.family == "gpt2" and part.endswith("_norm")):
             kinds["bias"] = 0
@@ -360,7 +358,12 @@ def empty_weights(c: Config, device: torch.device, dtype: torch.dtype) -> tuple[
             for kind, width in kinds.items():
                 made[kind] = torch.empty((sum(rows), width) if width else sum(rows), dtype=dtype, device=device)
                 for target, module in zip(made[kind].split(rows), expand(pattern.replace("{l}", str(l)))):
-                    jobs.append((target, f"{module}.{kind}", transpose and kind == "weight"))
+                    if c.family == "gpt2" and part in ("qkv", "out", "up", "down"):
+                        target = target.mT if width else target   # Conv1D stores [in, out]
+                    shape = tuple(target.shape)
+                    if re.search(r"\b[qk]_(proj|norm)$", module):   # a head is stored as [2, D / 2]; `rotate` wants pairs
+                        target = target.unflatten(0, (-1, c.D // 2, 2)).transpose(1, 2)
+                    jobs.append((target, f"{module}.{kind}", shape))
             parts.setdefault(part, []).append(Part(**made))
     if c.tied:
         parts["head"] = parts["embedding"]
@@ -373,7 +376,7 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
     if c.tied and embedding not in checkpoint.names and "lm_head.weight" in checkpoint.names:   # its other name
         checkpoint.names[embedding] = checkpoint.names.pop("lm_head.weight")
     _, jobs = empty_weights(c, torch.device("meta"), dtype)   # on paper first
-    expected = {name: tuple(target.shape)[::-1 if transpose else 1] for target, name, transpose in jobs}
+    expected = {name: shape for _, name, shape in jobs}
     if c.tied and "lm_head.weight" in checkpoint.names:
         expected["lm_head.weight"] = c.V, c.E
     checkpoint.check(expected)
@@ -384,8 +387,8 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
         raise ValueError(f"{folder} needs {total / 1e9:.1f} GB, and {device} does not have them: "
                          "use a smaller dtype, or another device") from None
     begin, done, shown = time.perf_counter(), 0, False
-    for target, name, transpose in jobs:
-        checkpoint.read_into(target, name, transpose)
+    for target, name, _ in jobs:
+        checkpoint.read_into(target, name)
         done += target.nbytes
         if sys.stderr.isatty() and time.perf_counter() - begin > 1:
             shown = True
@@ -395,7 +398,7 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     if c.tied and "lm_head.weight" in checkpoint.names:   # said to be tied, and yet stored: tied only if it is the same
         head = torch.empty_like(parts["embedding"][0].weight)
-        checkpoint.read_into(head, "lm_head.weight", False)
+        checkpoint.read_into(head, "lm_head.weight")
         if not torch.equal(head, parts["embedding"][0].weight):
             parts["head"] = [Part(head)]
     return parts
@@ -404,8 +407,8 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
 def random_weights(c: Config, device: torch.device, dtype: torch.dtype) -> dict[str, list[Part]]:
     """Weights of the right shape that know nothing, for measuring."""
     parts, jobs = empty_weights(c, device, dtype)
-    for target, name, _ in jobs:
-        target.normal_(0, 0.02) if target.dim() > 1 else target.fill_(name.endswith("weight"))
+    for target, name, shape in jobs:
+        target.normal_(0, 0.02) if len(shape) > 1 else target.fill_(name.endswith("weight"))
     return parts
 
 
@@ -437,39 +440,90 @@ class Model:
         """Run the batch's T tokens, leave their K and V in the pool; logits float32 [len(batch.logit_rows), V]."""
         c, w, llama = self.config, self.weights, self.config.family == "llama"
         H, K, D = c.H, c.K, c.D
+        k_LKNSD, v_LKNSD = pool.k_LKNSD.unbind(), pool.v_LKNSD.unbind()
         x_TE = w["embedding"][0].weight[batch.tokens_T]
         if llama:
-            angles_T1D = (batch.positions_T[:, None].float() * self.frequencies)[:, None]
-            cos_T1D, sin_T1D = angles_T1D.cos(), angles_T1D.sin()      # [T, 1, D / 2]
+            angles_T1P = batch.positions_T[:, None, None] * self.frequencies    # P = D / 2 pairs
+            turns_T1P = torch.polar(torch.ones_like(angles_T1P), angles_T1P)
         else:
-            x_TE = x_TE + w["position"][0].weight[batch.positions_T]
+            x_TE += w["position"][0].weight[batch.positions_T]
 
         for l in range(c.L):
-            qkv = linear(norm(x_TE, w["attn_norm"][l], c.eps), w["qkv"][l]).unflatten(-1, (H + 2 * K, D))
-            qk, v_TKD = qkv.split([H + K, K], 1)
+            qkv = linear(norm(x_TE, w["attn_norm"][l], c.eps), w["qkv"][l]).contiguous().view(-1, H + 2 * K, D)
+            qk, v_TKD = qkv[:, :H + K], qkv[:, H + K:]
             if c.qk_norm:
                 qk = F.rms_norm(qk, (D,), eps=c.eps) * self.qk_norm[l]
             if llama:
-                qk = rotate(qk, cos_T1D, sin_T1D)
-            q_THD, k_TKD = qk.split([H, K], 1)
-            self.write_kv(k_TKD, v_TKD, pool.k_LKNSD[l], pool.v_LKNSD[l], batch.slots_T)
-            o_THD = self.attention(q_THD, pool.k_LKNSD[l], pool.v_LKNSD[l], batch, c.scales[l], c.windows[l])
-            x_TE = x_TE + linear(o_THD.flatten(1), w["out"][l])
+                qk = rotate(qk, turns_T1P)
+            self.write_kv(qk[:, H:], v_TKD, k_LKNSD[l], v_LKNSD[l], batch.slots_T)
+            o_THD = self.attention(qk[:, :H], k_LKNSD[l], v_LKNSD[l], batch, c.scales[l], c.windows[l])
+            x_TE += linear(o_THD.flatten(1), w["out"][l])
 
             h = linear(norm(x_TE, w["mlp_norm"][l], c.eps), w["up"][l])
             if llama:
                 gate, up = h.chunk(2, -1)
-                h = ACTIVATIONS[c.activation](gate) * up
+                h = ACTIVATIONS[c.activation](gate).mul_(up)
             else:
                 h = ACTIVATIONS[c.activation](h)
-            x_TE = x_TE + linear(h, w["down"][l])
+            x_TE += linear(h, w["down"][l])
 
         x_BE = norm(x_TE[batch.logit_rows], w["final_norm"][0], c.eps)
         return linear(x_BE, w["head"][0]).float()
 
 
-def linear(x: Tensor, part: Part) -> Tensor:
-    return F.linear(x, part.weight, part.bias)
+def linear(x_TE: Tensor, part: Part) -> Tensor:
+    """x W^T + b: on a CPU by whatever way wins the race for as many rows, so the result may be transposed in memory."""
+    weight, bias = part
+    if x_TE.device.type != "cpu":
+        return F.linear(x_TE, weight, bias)
+    kind = weight.shape, weight.dtype, (len(x_TE) - 1).bit_length()
+    if kind not in RACES:
+        RACES[kind] = Race(ways_to_multiply(len(x_TE), weight))
+    out = RACES[kind](x_TE, weight)
+    return out if bias is None else out.add_(bias)
+
+
+RACES: dict[tuple, Race] = {}
+
+
+class Race:
+    """Ways to compute the same: the first calls try them in turn, three times each, and the fastest one stays.
+
+    Which that is depends on the processor and its libraries, so it is measured. Every trial is real work on real
+    data, in place of the call that was due: choosing costs no more than what the slower ways lose.
+    """
+
+    def __init__(self, ways: list):
+        self.waiting, self.seconds, self.best = ways * 3, dict.fromkeys(ways, math.inf), None
+
+    def __call__(self, *arguments):
+        if self.best:
+            return self.best(*arguments)
+        way, begin = self.waiting.pop(), time.perf_counter()
+        result = way(*arguments)
+        self.seconds[way] = min(self.seconds[way], time.perf_counter() - begin)
+        if not self.waiting:
+            self.best = min(self.seconds, key=self.seconds.get)
+        return result
+
+
+def ways_to_multiply(rows: int, weight: Tensor) -> list:
+    """Functions from x and a weight [out, in] to x W^T, equal up to rounding.
+
+    One row reads the weight once and is bound by memory, many rows are bound by arithmetic, and libraries are tuned
+    for the second: for one row MKL may run on a single thread, and oneDNN may first copy the weight into another order.
+    """
+    def blocks(n):
+        """(W x^T)^T with W cut into n blocks of rows: one product each, on whichever core is free."""
+        return lambda x, w: torch.bmm(w.view(n, -1, w.shape[1]), x.T.contiguous().expand(n, -1, -1)).flatten(0, 1).T
+
+    ways = [F.linear, lambda x, w: torch.mm(w, x.T).T]
+    ways += [blocks(n) for n in (4, 16, 29, 64) if weight.shape[0] % n == 0]   # 29 divides GPT-2's vocabulary
+    if rows == 1:
+        ways.append(lambda x, w: torch.mv(w, x[0])[None])
+    if weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():   # other types are oneDNN's anyway
+        ways.append(lambda x, w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""))
+    return ways
 
 
 def norm(x_TE: Tensor, part: Part, eps: float) -> Tensor:
@@ -479,10 +533,10 @@ def norm(x_TE: Tensor, part: Part, eps: float) -> Tensor:
     return F.layer_norm(x_TE, part.weight.shape, part.weight, part.bias, eps)
 
 
-def rotate(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
-    """RoPE: turn the pair (x[i], x[i + D/2]) of every head by its position times the pair's frequency."""
-    a, b = x_THD.float().chunk(2, -1)
-    return torch.cat([a * cos_T1D - b * sin_T1D, b * cos_T1D + a * sin_T1D], -1).to(x_THD.dtype)
+def rotate(x_THD: Tensor, turns_T1P: Tensor) -> Tensor:
+    """RoPE: a pair of a head's dimensions is a complex number, turned by its position times the pair's frequency."""
+    x_THP = torch.view_as_complex(x_THD.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(x_THP * turns_T1P).flatten(-2).type_as(x_THD)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -216,9 +217,9 @@ def sample(logits_BV: Tensor, params: list[SamplingParams], uniforms: list[float
     uniform number, scaled to what is left, falls into one of them. -1 where logits are not finite.
     """
     top, best = logits_BV.max(-1, keepdim=True)
-    best = best.masked_fill(~top.isfinite(), -1)[:, 0]
+    finite = [math.isfinite(value) for value, in top.tolist()]
     if not any(p.temperature for p in params):
-        return best.tolist()
+        return [token if ok else -1 for (token,), ok in zip(best.tolist(), finite)]
 
     def column(values):
         return torch.tensor(values, dtype=torch.float32, device=logits_BV.device)[:, None]
@@ -235,7 +236,8 @@ def sample(logits_BV: Tensor, params: list[SamplingParams], uniforms: list[float
     last = (probabilities > 0).sum(-1, keepdim=True) - 1
     chosen = chosen.minimum(last).clamp(min=0)   # rounding must not pass the last one
     drawn = order.gather(1, chosen)[:, 0]
-    return torch.where((temperature[:, 0] > 0) & (best >= 0), drawn, best).tolist()
+    chosen = torch.where(temperature[:, 0] > 0, drawn, best[:, 0]).tolist()
+    return [token if ok else -1 for token, ok in zip(chosen, finite)]
 
 
 # ---------------------------------------------------------------------------------------------

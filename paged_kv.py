@@ -50,8 +50,9 @@ class KVPool:
         self.v_LKNSD = torch.empty(shape, dtype=dtype, device=device)
         self.num_blocks, self.block_size, self.prefix_cache = num_blocks, block_size, prefix_cache
         self.references = [0] * num_blocks                    # tables that hold each block
-        self.free = list(range(num_blocks - 1, -1, -1))       # a stack: block 0 is taken first
+        self.free = dict.fromkeys(range(num_blocks - 1, -1, -1))   # an ordered set, the last is taken first
         self.cached: OrderedDict[int, bytes] = OrderedDict()  # unreferenced but indexed, least recently used first
+        self.tables = 0                                       # that have begun with a block of their own
         self.index: dict[bytes, int] = {}                     # digest of a whole prefix -> block with its last S tokens
         self.digests: dict[int, bytes] = {}                   # the index, read the other way
 
@@ -90,8 +91,14 @@ class KVPool:
         need = self.blocks_for(num_tokens) - len(table.blocks)
         if need > self.available:
             return False
-        table.blocks += [self._take() for _ in range(need)]
+        for _ in range(need):
+            table.blocks.append(self._take(table.blocks[-1] + 1 if table.blocks else self._far_from_others()))
         return True
+
+    def _far_from_others(self) -> int:
+        """Where a new table may begin and grow: steps of the golden ratio never come close to each other for long."""
+        self.tables += 1
+        return int(self.tables * 0.6180339887 % 1 * self.num_blocks)
 
     def commit(self, table: BlockTable, tokens: list[int], num_computed: int):
         """Make the table's full blocks findable, now that K and V of the first `num_computed` tokens are in."""
@@ -111,13 +118,17 @@ class KVPool:
                 if block in self.digests:
                     self.cached[block] = self.digests[block]
                 else:
-                    self.free.append(block)
+                    self.free[block] = None
         table.blocks, table.digests = [], []
 
-    def _take(self) -> int:
-        """A block for one owner: a free one, else the least recently used cached one, which is forgotten."""
-        if self.free:
-            block = self.free.pop()
+    def _take(self, wish: int) -> int:
+        """A block for one owner: a free one, at best the one wished for, as neighbours can be read as one piece;
+        else the least recently used cached one, which is forgotten."""
+        if wish in self.free:
+            block = wish
+            del self.free[block]
+        elif self.free:
+            block, _ = self.free.popitem()
         else:
             block, digest = self.cached.popitem(last=False)
             del self.index[digest], self.digests[block]
