@@ -257,7 +257,7 @@ def main():
     parser = argparse.ArgumentParser(prog="bench.py", description="Measure, then compare with what hardware allows.")
     parser.add_argument("command", choices=["kernels"], help="kernels: the attention kernels, compiled or measured")
     parser.parse_args()
-    if kernels.triton is None:
+    if kernels.load_triton() is None:
         sys.exit("bench.py: the kernels need the triton package, which is not installed: "
                  "pip install -r requirements.txt on Linux")
     if torch.cuda.is_available():

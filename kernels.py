@@ -37,21 +37,36 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-# Without a GPU the kernels run in Triton's interpreter, which must be chosen before its first import.
+# Without a GPU the kernels run in Triton's interpreter, which must be chosen before anybody imports Triton.
 if "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
-try:
-    import triton
-    import triton.language as tl
-    INTERPRETED = not isinstance(tl.zeros, triton.JITFunction)
-except ImportError:  # no Triton for this platform (macOS): everything but attention="triton" works
-    triton, INTERPRETED = None, False
+triton = tl = LOG2E = INTERPRETED = None   # until `load_triton`
+KERNELS = []
 
 
 def jit(function):
-    """triton.jit, if there is Triton. Index tensors are views at any offset: that must not compile a kernel anew."""
-    return triton.jit(function, do_not_specialize=["table_stride"], do_not_specialize_on_alignment=[
-        "tables_ptr", "query_starts_ptr", "kv_lens_ptr", "slots_ptr"]) if triton else function
+    """Mark a function for triton.jit, which takes a while to import and waits until a kernel is wanted."""
+    KERNELS.append(function)
+    return function
+
+
+@cache
+def load_triton():
+    """Import Triton and make kernels of the functions marked @jit. None if there is no Triton for this platform
+    (macOS): everything but attention="triton" works."""
+    global triton, tl, LOG2E, INTERPRETED
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return None
+    LOG2E = tl.constexpr(1.4426950408889634)   # exp(x) = exp2(x * LOG2E), and exp2 is one instruction
+    INTERPRETED = not isinstance(tl.zeros, triton.JITFunction)
+    for function in KERNELS:   # index tensors are views at any offset: that must not compile a kernel anew
+        globals()[function.__name__] = triton.jit(
+            function, do_not_specialize=["table_stride"],
+            do_not_specialize_on_alignment=["tables_ptr", "query_starts_ptr", "kv_lens_ptr", "slots_ptr"])
+    return triton
 
 
 # ---------------------------------------------------------------------------------------------
@@ -145,8 +160,8 @@ def attention_naive(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
 
 def write_kv_torch(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, slots_T: Tensor):
     """Put the step's K and V into their slots of the pool."""
-    k_KNSD.flatten(1, 2).index_copy_(1, slots_T, k_TKD.transpose(0, 1))
-    v_KNSD.flatten(1, 2).index_copy_(1, slots_T, v_TKD.transpose(0, 1))
+    k_KNSD.flatten(1, 2)[:, slots_T] = k_TKD.transpose(0, 1)
+    v_KNSD.flatten(1, 2)[:, slots_T] = v_TKD.transpose(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -239,7 +254,6 @@ def plan_torch(batch: Batch, k_KNSD: Tensor, window: int | None, slopes_H: Tenso
 # ---------------------------------------------------------------------------------------------
 # Triton
 
-LOG2E = tl.constexpr(1.4426950408889634) if triton else None   # exp(x) = exp2(x * LOG2E), exp2 is one instruction
 PIPELINE = 5   # stages: looking up a block takes three, and two more keep the next tile of K and V on its way
 
 
@@ -435,6 +449,7 @@ def attention_triton(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch
 
     q_THD may be a view with a row stride of its own; heads and D must be contiguous.
     """
+    load_triton()
     (T, H, D), (K, N, S, _) = q_THD.shape, k_KNSD.shape
     G, n = H // K, batch.num_decodes
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
@@ -548,6 +563,7 @@ def plan_prefill(batch: Batch, tokens_per_tile: int, device) -> Tensor:
 
 def write_kv_triton(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, slots_T: Tensor):
     """Put the step's K and V into their slots of the pool."""
+    load_triton()
     (T, K, D), (_, N, S, _) = k_TKD.shape, k_KNSD.shape
     _write_kv_kernel[(T,)](k_TKD, v_TKD, k_KNSD, v_KNSD, slots_T, k_TKD.stride(0), v_TKD.stride(0), N * S * D,
                            K, triton.next_power_of_2(K), D, triton.next_power_of_2(D))
@@ -574,7 +590,7 @@ def check(backend: str, device: torch.device, dtype: torch.dtype, H: int, K: int
         raise ValueError(f"{dtype} is not supported: use float32, float16 or bfloat16")
     if backend != "triton":
         return
-    if triton is None:
+    if load_triton() is None:
         raise ValueError("attention='triton' needs the triton package, which is not installed: use attention='torch'")
     large = device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 128 << 10
     tile = triton.next_power_of_2(H // K) * max(16, triton.next_power_of_2(D)) * dtype.itemsize

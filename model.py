@@ -510,15 +510,25 @@ class Race:
 def ways_to_multiply(rows: int, weight: Tensor) -> list:
     """Functions from x and a weight [out, in] to x W^T, equal up to rounding.
 
-    One row reads the weight once and is bound by memory, many rows are bound by arithmetic, and libraries are tuned
-    for the second: for one row MKL may run on a single thread, and oneDNN may first copy the weight into another order.
+    One row is bound by reading the weight, many are bound by arithmetic, and libraries are tuned for the second: for
+    few rows MKL may run on a single thread or at half the speed, and oneDNN may first copy W into another order.
     """
-    def blocks(n):
-        """(W x^T)^T with W cut into n blocks of rows: one product each, on whichever core is free."""
-        return lambda x, w: torch.bmm(w.view(n, -1, w.shape[1]), x.T.contiguous().expand(n, -1, -1)).flatten(0, 1).T
+    def blocks(size):
+        """(W x^T)^T with W cut into blocks of so many rows: one batched product, a block at a time to any free core."""
+        def product(x, w):
+            n, rest = divmod(len(w), size)
+            if n == 1:
+                return torch.mm(w, x.T).T
+            out = x.new_empty(len(w), len(x))
+            torch.bmm(w[:n * size].view(n, size, -1), x.T.expand(n, -1, -1), out=out[:n * size].view(n, size, -1))
+            if rest:
+                torch.mm(w[n * size:], x.T, out=out[n * size:])
+            return out.T
+        return product
 
-    ways = [F.linear, lambda x, w: torch.mm(w, x.T).T]
-    ways += [blocks(n) for n in (4, 16, 29, 64) if weight.shape[0] % n == 0]   # 29 divides GPT-2's vocabulary
+    ways = [F.linear]
+    if rows <= 64:
+        ways += [blocks(size) for size in (12, 48, len(weight) // 4, len(weight)) if 0 < size <= len(weight)]
     if rows == 1:
         ways.append(lambda x, w: torch.mv(w, x[0])[None])
     if weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():   # other types are oneDNN's anyway

@@ -52,7 +52,7 @@ class KVPool:
         self.references = [0] * num_blocks                    # tables that hold each block
         self.free = dict.fromkeys(range(num_blocks - 1, -1, -1))   # an ordered set, the last is taken first
         self.cached: OrderedDict[int, bytes] = OrderedDict()  # unreferenced but indexed, least recently used first
-        self.tables = 0                                       # that have begun with a block of their own
+        self.frontier = 0                                     # the end of the last neighbours found for a new table
         self.index: dict[bytes, int] = {}                     # digest of a whole prefix -> block with its last S tokens
         self.digests: dict[int, bytes] = {}                   # the index, read the other way
 
@@ -86,19 +86,33 @@ class KVPool:
             table.digests.append(digest)
         return len(table.blocks) * self.block_size
 
-    def grow(self, table: BlockTable, num_tokens: int) -> bool:
-        """Give the table blocks for so many tokens in all. False, and nothing changed, if too few are left."""
+    def grow(self, table: BlockTable, num_tokens: int, limit: int = 0) -> bool:
+        """Give the table blocks for so many tokens in all. False, and nothing changed, if too few are left.
+
+        limit: tokens that it may have one day. A device without a kernel that walks block tables reads neighbours as
+        one piece, so a table should find the block beside its last one free when it grows.
+        """
         need = self.blocks_for(num_tokens) - len(table.blocks)
         if need > self.available:
             return False
+        wish = table.blocks[-1] + 1 if table.blocks else -1
+        if limit and wish not in self.free:
+            wish = self._room_for(self.blocks_for(limit) - len(table.blocks))
         for _ in range(need):
-            table.blocks.append(self._take(table.blocks[-1] + 1 if table.blocks else self._far_from_others()))
+            table.blocks.append(self._take(wish))
+            wish = table.blocks[-1] + 1
         return True
 
-    def _far_from_others(self) -> int:
-        """Where a new table may begin and grow: steps of the golden ratio never come close to each other for long."""
-        self.tables += 1
-        return int(self.tables * 0.6180339887 % 1 * self.num_blocks)
+    def _room_for(self, num_blocks: int) -> int:
+        """The first of so many free neighbours: at the pool's front, or behind the last that were found; else -1."""
+        if self.num_referenced == 0:
+            self.frontier = 0
+        for start in (0, self.frontier):
+            if all(block in self.free for block in range(start, start + num_blocks)):
+                self.frontier = max(self.frontier, start + num_blocks)
+                return start
+        self.frontier = 0
+        return -1
 
     def commit(self, table: BlockTable, tokens: list[int], num_computed: int):
         """Make the table's full blocks findable, now that K and V of the first `num_computed` tokens are in."""
@@ -122,8 +136,8 @@ class KVPool:
         table.blocks, table.digests = [], []
 
     def _take(self, wish: int) -> int:
-        """A block for one owner: a free one, at best the one wished for, as neighbours can be read as one piece;
-        else the least recently used cached one, which is forgotten."""
+        """A block for one owner: the one wished for, else a free one, else the least recently used cached one, which
+        is forgotten."""
         if wish in self.free:
             block = wish
             del self.free[block]

@@ -40,7 +40,7 @@ from paged_kv import BlockTable, KVPool
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["naive", "torch"] + (["triton"] if kernels.triton else [])
+BACKENDS = ["naive", "torch"] + (["triton"] if kernels.load_triton() else [])
 torch.set_num_threads(1)   # the tensors are tiny, and the other core may be running another test
 settings.register_profile("nanoserve", deadline=None, derandomize=True, print_blob=True,
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
@@ -148,7 +148,7 @@ def test_kernel_writes_kv_into_its_slots_and_nowhere_else(backend, T, K, D, S, s
         torch.testing.assert_close(pool.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="no Triton here")
+@pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
 def test_kernels_compile_for_gpus_that_are_not_here():
     """The interpreter accepts more than the compiler does; and what the compiler makes must not spill."""
     code = """
@@ -164,7 +164,7 @@ print(json.dumps([c for sm in (80, 90) for c in bench.compile_launches(lambda: b
     assert compiled["prefill", "sm_90"]["units"] == "wgmma" and compiled["decode", "sm_80"]["units"] == "mma"
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="no Triton here")
+@pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_kernel_reaches_the_end_of_a_pool_larger_than_an_int32(backend):
     """Element offsets beyond 2^31 in one head, and in the second head. On a CPU only pages that are touched take memory."""
@@ -478,7 +478,7 @@ def test_logits_equal_a_plain_forward_at_every_position(tmp_path, name):
     ids = torch.randint(61, (110,), generator=torch.Generator().manual_seed(1)).tolist()
     expected = plain(config, tensors, ids)
     for options in (dict(attention="torch"), dict(attention="torch", block_size=5, max_batched_tokens=37),
-                    *[dict(attention="triton", block_size=8, max_batched_tokens=50)] * (kernels.triton is not None)):
+                    *[dict(attention="triton", block_size=8, max_batched_tokens=50)] * (kernels.load_triton() is not None)):
         logits = LLM(tmp_path, dtype="float32", **options).logits(ids).double().cpu()
         assert (logits - expected).abs().max() < 1e-4 * expected.abs().max(), options
 
@@ -975,7 +975,7 @@ def test_tokens_depend_on_the_prompt_alone(lone, config, options, spare, arrival
     assert_tokens_do_not_depend_on_company(lone, config, "torch", options, spare, arrivals)
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="no Triton here")
+@pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
 @settings(max_examples=6 if DEVICE == "cpu" else 20)
 @given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals)
 def test_tokens_do_not_depend_on_the_attention_backend(lone, config, options, spare, arrivals):
@@ -983,7 +983,7 @@ def test_tokens_do_not_depend_on_the_attention_backend(lone, config, options, sp
     assert_tokens_do_not_depend_on_company(lone, config, "triton", options, spare, arrivals[:4])
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="no Triton here")
+@pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
 @settings(max_examples=8 if DEVICE == "cpu" else 20)
 @given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals)
 def test_tokens_are_the_same_with_cuda_graphs(lone, monkeypatch, config, options, spare, arrivals):
@@ -1039,7 +1039,7 @@ def test_second_request_with_the_same_beginning_computes_only_the_rest(lone):
     assert [out.reused_tokens for _ in "ab" for out in off.generate([prompts[7]])] == [0, 0]
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="no Triton here")
+@pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
 def test_prompts_cut_into_single_tokens_do_not_disturb_a_replayed_graph(lone, monkeypatch):
     folder, prompts, expected = lone["llama"]
     if DEVICE == "cpu":
