@@ -472,15 +472,20 @@ class Model:
 
 
 def linear(x_TE: Tensor, part: Part) -> Tensor:
-    """x W^T + b: on a CPU by whatever way wins the race for as many rows, so the result may be transposed in memory."""
+    """x W^T + b. On a CPU it is computed in whichever way wins the race, and may be transposed in memory."""
     weight, bias = part
     if x_TE.device.type != "cpu":
         return F.linear(x_TE, weight, bias)
+    out = race_for(x_TE, weight)(x_TE, weight)
+    return out if bias is None else out.add_(bias)
+
+
+def race_for(x_TE: Tensor, weight: Tensor) -> Race:
+    """One race for all weights of a shape and, up to a factor of two, numbers of rows."""
     kind = weight.shape, weight.dtype, (len(x_TE) - 1).bit_length()
     if kind not in RACES:
         RACES[kind] = Race(ways_to_multiply(len(x_TE), weight))
-    out = RACES[kind](x_TE, weight)
-    return out if bias is None else out.add_(bias)
+    return RACES[kind]
 
 
 RACES: dict[tuple, Race] = {}

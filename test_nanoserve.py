@@ -25,6 +25,7 @@ import pytest
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # for the fixture below, on a GPU
 import torch
+import torch.overrides
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -128,6 +129,61 @@ def test_kernel_holds_when_scores_differ_by_hundreds(poisoned, backend):
     out = kernels.ATTENTION[backend](q.to(DEVICE), pool_k, pool_v, batch, 100.0).double().cpu().numpy()
     for rows, (k, v) in zip((slice(0, 1), slice(1, 41)), dense):
         np.testing.assert_allclose(out[rows], dense_attention(q[rows].double().numpy(), k, v, 100.0, None), atol=1e-3)
+
+
+@settings(max_examples=60)
+@given(lens=st.lists(st.tuples(st.one_of(st.just(1), st.integers(2, 40)), st.integers(0, 200)), min_size=1, max_size=6),
+       heads=st.sampled_from([(4, 4), (6, 2), (5, 1)]), S=st.sampled_from([1, 4, 16]), alibi=st.booleans(),
+       window=st.one_of(st.none(), st.integers(1, 150)), in_place=st.sampled_from([0, 40_000, 10 ** 9]), seed=st.integers(0, 99))
+def test_torch_reads_neighbouring_blocks_in_place_and_gathers_others(poisoned, lens, heads, S, alibi, window, in_place, seed):
+    (H, K), D, rng = heads, 16, np.random.default_rng(seed)
+    requests = sorted(lens, key=lambda r: r[0] > 1)
+    need = [-(-(n + past) // S) for n, past in requests]
+    k_KNSD, v_KNSD = torch.full((2, K, sum(need) + len(need), S, D), math.nan)
+    chunks, dense, at = [], [], 0
+    for (n, past), blocks in zip(requests, need):
+        table = list(range(at, at + blocks))
+        at += blocks + 1                          # a block of nobody between two requests
+        if rng.random() < 0.3:
+            rng.shuffle(table)
+        k, v = torch.from_numpy(rng.standard_normal((2, n + past, K, D))).float()
+        for t in range(n + past):
+            k_KNSD[:, table[t // S], t % S], v_KNSD[:, table[t // S], t % S] = k[t], v[t]
+        chunks.append(Chunk([0] * n, past, [int(block) for block in table]))
+        dense.append((k.double().numpy(), v.double().numpy()))
+    batch = make_batch(chunks, S)
+    q = torch.from_numpy(rng.standard_normal((len(batch.tokens_T), H, D))).float()
+    slopes = 2.0 ** -torch.arange(1, H + 1) if alibi else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "IN_PLACE", in_place)
+        out = kernels.attention_torch(q, k_KNSD, v_KNSD, batch, 0.3, window, slopes)
+    for rows, (k, v) in zip(batch.rows, dense):
+        expected = dense_attention(q[rows].double().numpy(), k, v, 0.3, window, slopes.double().numpy() if alibi else None)
+        np.testing.assert_allclose(out[rows], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_torch_serves_many_short_decodes_in_few_calls_and_a_long_one_in_place():
+    """How many calls attention makes and what it copies, by what PyTorch itself is asked to do."""
+    def calls(lens):
+        asked = []
+
+        class Watch(torch.overrides.TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                asked.append(function.__name__)
+                return function(*args, **(kwargs or {}))
+
+        need, at, chunks = [-(-length // 16) for length in lens], 0, []
+        for length, blocks in zip(lens, need):
+            chunks.append(Chunk([0], length - 1, list(range(at, at + blocks))))
+            at += blocks
+        pool, q = torch.zeros(3, at, 16, 64), torch.zeros(len(lens), 9, 64)
+        with Watch():
+            kernels.attention_torch(q, pool, pool, make_batch(chunks, 16), 0.1)
+        return asked.count("scaled_dot_product_attention"), asked.count("index_select")
+    mixed = [8 + 7 * i for i in range(32)]                       # 8 to 225 tokens
+    assert calls(mixed) == (2, 4)                          # up to 127 in one call, the others in another
+    assert calls([4096]) == (1, 0)                         # read where it is
+    assert calls([4096, 8000, 30, 31]) == (3, 2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -267,6 +323,16 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPool = PoolMachine.TestCase
 TestPool.settings = settings(max_examples=150, stateful_step_count=40)
+
+
+def test_tables_that_grow_side_by_side_stay_in_one_piece():
+    pool = KVPool(1, 1, 1, 64, 4)
+    tables = [BlockTable() for _ in range(3)]
+    for tokens in range(1, 61):
+        for table in tables:
+            assert pool.grow(table, tokens, 64 if tokens == 1 else 0)
+    for table in tables:
+        assert table.blocks == list(range(table.blocks[0], table.blocks[0] + 15))
 
 
 def test_finished_requests_prefix_is_found_until_the_space_is_needed():
@@ -481,6 +547,55 @@ def test_logits_equal_a_plain_forward_at_every_position(tmp_path, name):
                     *[dict(attention="triton", block_size=8, max_batched_tokens=50)] * (kernels.load_triton() is not None)):
         logits = LLM(tmp_path, dtype="float32", **options).logits(ids).double().cpu()
         assert (logits - expected).abs().max() < 1e-4 * expected.abs().max(), options
+
+
+@settings(max_examples=60)
+@given(rows=st.one_of(st.just(1), st.integers(1, 70)), inputs=st.integers(1, 40), outputs=st.integers(1, 120),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 99))
+def test_every_way_to_multiply_gives_the_same_product(poisoned, rows, inputs, outputs, dtype, seed):
+    rng = np.random.default_rng(seed)
+    x, weight, bias = (torch.from_numpy(rng.standard_normal(shape)).to(dtype)
+                       for shape in ((rows, inputs), (outputs, inputs), (outputs,)))
+    expected, tolerance = x.double().numpy() @ weight.double().numpy().T, 1e-5 if dtype == torch.float32 else 2e-2
+    for way in model.ways_to_multiply(rows, weight):
+        np.testing.assert_allclose(way(x, weight).double(), expected, rtol=tolerance, atol=tolerance * inputs ** 0.5)
+    for bias_ in (None, bias):   # the trials of a race are right as well
+        for _ in range(3):
+            out = model.linear(x, model.Part(weight, bias_)).double().numpy()
+            np.testing.assert_allclose(out, expected + (0 if bias_ is None else bias.double().numpy()),
+                                       rtol=tolerance, atol=2 * tolerance * inputs ** 0.5)
+
+
+def test_the_fastest_way_stays():
+    ran = []
+    def way(name, seconds):
+        def run(x):
+            ran.append(name)
+            time.sleep(seconds * (5 if ran.count(name) == 2 else 1))   # once something disturbs it
+            return x + 1
+        return run
+    race = model.Race([way("slow", 0.02), way("fast", 0.005), way("slower", 0.03)])
+    assert [race(i) for i in range(12)] == list(range(1, 13))
+    assert [ran.count(name) for name in ("slow", "slower")] == [3, 3] and ran[9:] == ["fast"] * 3
+
+
+@pytest.mark.parametrize("faster, slower", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_dtype_auto_is_the_faster_one_that_holds_the_stored_weights(tmp_path, monkeypatch, faster, slower):
+    write_checkpoint(tmp_path, CONFIGS["llama"], tensors_of(CONFIGS["llama"]))
+    assert LLM(tmp_path, device="cpu").dtype == "float32"      # stored so: nothing else would do
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"dtype": "bfloat16"}))
+
+    def pretend(x, weight):
+        race = model.Race([None])
+        race.seconds = {None: 2.0 if str(weight.dtype) == f"torch.{slower}" else 1.0}
+        race.best = lambda x, weight: x @ weight.T
+        return race
+    monkeypatch.setattr(model, "race_for", pretend)
+    monkeypatch.setattr(nanoserve, "race_for", pretend)
+    llm = LLM(tmp_path, device="cpu")
+    assert llm.dtype == faster and llm.dtype_reason == f"2.0 times as fast as {slower} here"
+    assert llm.pool.k_LKNSD.dtype == getattr(torch, faster)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
@@ -1198,7 +1313,7 @@ def run(*arguments, stdin=b"", **more):
 
 def test_the_readme_command_writes_a_story(tmp_path):
     code, out, err = run("--prompt", "The cat sat", cwd=tmp_path)
-    assert code == 0 and re.fullmatch(r"prefill: \d+ tokens, .*TTFT.*decode: \d+ tokens .*TPS.*KV: \d+ blocks of \d+ tokens\n", err)
+    assert code == 0 and re.fullmatch(r"b?float\d\d: .*\nprefill: \d+ tokens, .*TTFT.*decode: \d+ tokens .*TPS.*KV: \d+ blocks of \d+ tokens\n", err)
     words = out.split()
     assert 40 <= len(words) <= 500 and len(set(words)) > 30 and out.rstrip()[-1] in '.!"?'
     assert out == LLM(HERE / "demo/llama").generate(["The cat sat"], SamplingParams(max_tokens=512))[0].text + "\n"
