@@ -25,10 +25,9 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -251,10 +250,12 @@ NAMES = {
 BUFFERS = r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$"   # stored beside the weights by old versions, never needed
 
 
-class Part(NamedTuple):
+@dataclass(slots=True)
+class Part:
     """One weight of the model: [out, in], or [out] for a norm, and its bias [out] or None."""
     weight: Tensor
     bias: Tensor | None = None
+    ways: dict = field(default_factory=dict)   # rows -> how to multiply so many by it, on a CPU, once that is known
 
 
 class Checkpoint:
@@ -473,18 +474,23 @@ class Model:
 
 def linear(x_TE: Tensor, part: Part) -> Tensor:
     """x W^T + b. On a CPU it is computed in whichever way wins the race, and may be transposed in memory."""
-    weight, bias = part
-    if x_TE.device.type != "cpu":
-        return F.linear(x_TE, weight, bias)
-    out = race_for(x_TE, weight)(x_TE, weight)
+    rows, weight, bias = x_TE.shape[0], part.weight, part.bias
+    way = part.ways.get(rows)
+    if not way:
+        if x_TE.device.type != "cpu":
+            return F.linear(x_TE, weight, bias)
+        race = race_for(x_TE, weight)
+        way = part.ways[rows] = race.best
+    out = way(x_TE, weight) if way else race(x_TE, weight)
     return out if bias is None else out.add_(bias)
 
 
 def race_for(x_TE: Tensor, weight: Tensor) -> Race:
     """One race for all weights of a shape and, up to a factor of two, numbers of rows."""
-    kind = weight.shape, weight.dtype, (len(x_TE) - 1).bit_length()
+    rows = len(x_TE)
+    kind = weight.shape, weight.dtype, (rows - 1).bit_length()
     if kind not in RACES:
-        RACES[kind] = Race(ways_to_multiply(len(x_TE), weight))
+        RACES[kind] = Race(ways_to_multiply(rows, weight))
     return RACES[kind]
 
 
