@@ -645,8 +645,6 @@ def serve(args: argparse.Namespace) -> int:
                             args.ignore_eos)
     llm = LLM(args.model, args.device, args.dtype, args.attention, args.block_size, args.num_blocks,
               args.max_batched_tokens, args.max_seqs)
-    if args.dtype == "auto":
-        say(f"{llm.dtype}: {llm.dtype_reason}")
     outputs = llm.start(prompts, params)
     for number, (prompt, out) in enumerate(zip(prompts, outputs), 1):
         shown = 0
@@ -669,6 +667,8 @@ def serve(args: argparse.Namespace) -> int:
             say(f"prefill: {out.prompt_tokens} tokens, first token after {out.ttft * 1000:.0f} ms (TTFT) | "
                 f"decode: {len(out.token_ids)} tokens at {out.tps:.0f} per second (TPS) | "
                 f"KV: {out.blocks} blocks of {llm.pool.block_size} tokens")
+    if args.dtype == "auto" and any(out.token_ids for out in outputs):
+        say(f"{llm.dtype}: {llm.dtype_reason}")
     return 2 if any(out.error for out in outputs) else 0
 
 
