@@ -1,17 +1,25 @@
 """Measure, then compare with what the hardware allows.
 
-    python bench.py cpu        prefill and decode on this machine's CPU, and beside transformers where that is installed
-    python bench.py kernels    the attention kernels: without a GPU, what the compiler makes of them for GPUs that are
-                               not here; with one, whether they are right and how near to its limits they run
+    python bench.py             the two phases: what prefill and decode cost, and which limit binds each
+    python bench.py batch       decode against batch size: why serving many costs little more than serving one
+    python bench.py cache       a token's cost with the KV cache and without it
+    python bench.py traffic     the bytes of attention, naive and in tiles
+    python bench.py estimate    all of this on paper, for a model and a machine that are not here
+    python bench.py serve       continuous and static batching, chunked prefill, prefix cache, on the same requests
+    python bench.py cpu         prefill and decode on this CPU, beside transformers where that is installed
+    python bench.py kernels     the attention kernels: without a GPU, what the compiler makes of them for GPUs that are
+                                not here; with one, whether they are right and how near to its limits they run
 
-The two limits: a kernel moves bytes and does operations, and takes at least bytes / bandwidth and at least
-operations / peak. Both ceilings are measured on the machine, not read from its brochure, and a result is quoted as
-the share of the ceiling that binds it (the roofline, Williams et al. 2009).
+The two limits: a step does operations and moves bytes, and takes at least operations / peak and at least bytes /
+bandwidth, whichever is longer (the roofline, Williams et al. 2009). Operations per byte are the arithmetic intensity
+of a step, peak / bandwidth is the balance of a machine, and the larger of the two says who waits for whom. Ceilings
+are measured on the machine, not read from its brochure.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import itertools
 import json
 import os
@@ -24,7 +32,10 @@ import sys
 import tempfile
 import textwrap
 import time
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,39 +44,54 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kernels
 from kernels import Chunk, make_batch
 from model import DTYPES, Config, race_for, read_config
-from nanoserve import LLM, SamplingParams
+from nanoserve import LLM, SamplingParams, find_device
 
-try:
-    import transformers
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-except ImportError:   # nothing to compare with
-    transformers = None
+
+def llama(V: int, E: int, I: int, L: int, H: int, K: int, **more) -> dict:
+    return dict(model_type="llama", vocab_size=V, hidden_size=E, intermediate_size=I, num_hidden_layers=L,
+                num_attention_heads=H, num_key_value_heads=K, max_position_embeddings=8192, dtype="bfloat16") | more
+
 
 # Shapes of known models, in the words of their config.json, for random weights: nothing is downloaded.
 SHAPES = {
-    "gpt2": dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12),
-    "llama-135m": dict(model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536,
-                       num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
-                       max_position_embeddings=8192),
-    "llama-8b": dict(model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
-                     num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-                     max_position_embeddings=8192, rope_theta=500000.0, rms_norm_eps=1e-5),
+    "gpt2": dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12,
+                 dtype="bfloat16"),
+    "llama-135m": llama(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True),
+    "llama-1b": llama(128256, 2048, 8192, 16, 32, 8, tie_word_embeddings=True, rope_theta=500000.0),
+    "llama-2-7b": llama(32000, 4096, 11008, 32, 32, 32, max_position_embeddings=4096),
+    "llama-8b": llama(128256, 4096, 14336, 32, 32, 8, rope_theta=500000.0),
+    "qwen3-0.6b": llama(151936, 1024, 3072, 28, 16, 8, model_type="qwen3", head_dim=128, tie_word_embeddings=True,
+                        rope_theta=1e6),
 }
+SHAPES["llama-3-8b"] = SHAPES["llama-8b"]
 
 
 def config_of(shape: str) -> Config:
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape] | {"dtype": "bfloat16"}))
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
         return read_config(Path(folder))
 
 
-def print_table(title: str, header: list[str], rows: list[list], note: str = ""):
-    """A table of at most 100 columns, numbers to the right, and what it says."""
-    cells = [header] + [[f"{c:,.2f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+# ---------------------------------------------------------------------------------------------
+# What the reader sees
+
+TABLES: list[dict] = []   # all that were printed, for --json and --plot
+
+
+def show(value) -> str:
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,.{0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 else 3}f}"
+
+
+def print_table(title: str, header: list[str], rows: list[list], note: str = "", plot: tuple = ()):
+    """A table of at most 100 columns, numbers to the right, and below it what it says. plot: the columns to draw, the
+    first of them along the x axis."""
+    TABLES.append(dict(title=title, header=header, rows=rows, note=note, plot=plot))
+    cells = [header] + [[show(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     progress("")
-    print(f"\n{title}\n")
+    print(f"\n{textwrap.fill(title, 100)}\n")
     for row in cells:
         line = "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
         print(line.rstrip())
@@ -79,48 +105,546 @@ def progress(text: str):
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
+def save_json(path: str, command: list[str], device: torch.device):
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "triton", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    record = dict(command=command, date=datetime.datetime.now().isoformat(timespec="seconds"), machine=machine(device),
+                  versions=versions, tables=TABLES)
+    Path(path).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def save_plot(path: str, pyplot):
+    """Every table: the columns that it names on logarithmic axes, else its first column of numbers as bars."""
+    figure, axes = pyplot.subplots(len(TABLES), figsize=(8, 4.5 * len(TABLES)), squeeze=False)
+    for (axis,), table in zip(axes, TABLES):
+        header, rows = table["header"], table["rows"]
+        axis.set_title(table["title"], fontsize=9)
+        if table["plot"]:
+            x, *ys = (header.index(name) for name in table["plot"])
+            for y in ys:
+                axis.plot([row[x] for row in rows], [row[y] for row in rows], "o-", label=header[y])
+            axis.set(xlabel=header[x], xscale="log", yscale="log")
+            axis.legend()
+        else:
+            y = next(i for i, cell in enumerate(rows[0]) if not isinstance(cell, str))
+            axis.barh([row[0] for row in rows][::-1], [row[y] for row in rows][::-1])
+            axis.set_xlabel(header[y])
+    figure.tight_layout()
+    figure.savefig(path)
+
+
 # ---------------------------------------------------------------------------------------------
-# What a step must cost, and what the machine could do
+# What a step must cost
 
-def step_bytes(c: Config, lens: list[int], itemsize: int) -> int:
-    """Bytes that a decode step must read: every weight that takes part in a product once, and each request's K and V."""
-    matrices = c.L * (c.E * (c.H + 2 * c.K) * c.D + c.H * c.D * c.E + c.I * c.E * (3 if c.family == "llama" else 2))
-    return itemsize * (matrices + c.V * c.E + 2 * c.L * c.K * c.D * sum(lens))
-
-
-def prefill_flops(c: Config, T: int) -> int:
-    """Operations of a prompt of T tokens: two per weight and token, the head for the last alone, four per pair of
-    query and key and dimension, half of the pairs being masked."""
-    matrices = step_bytes(c, [], 1) - c.V * c.E
-    return 2 * T * matrices + 2 * c.V * c.E + 4 * c.L * c.H * c.D * T * (T + 1) // 2
+class Cost(NamedTuple):
+    flops: float
+    bytes: float
 
 
-def alternate(calls: list, repeats: int = 3) -> list[float]:
+def step_cost(c: Config, chunks: list[tuple[int, int]], itemsize: int) -> Cost:
+    """Operations and bytes of one step for requests of (new, past) tokens.
+
+    Operations: two per weight of a layer and new token; two per weight of the head and request; four per head
+    dimension and pair of a query and a key that it sees (q.k and the weighted sum of v). Norms, RoPE and softmax are
+    left out: they are a few per mille. Bytes: each of these weights once, for all requests together; K and V of the
+    past once, and those of new tokens written and read. Activations stay in caches. (Pope et al. 2022, section 2.)
+    """
+    weights, head = layer_weights(c), c.V * c.E
+    new, pairs, kv = sum(n for n, _ in chunks), 0, 0
+    for window in c.windows:
+        w = window or c.context
+        pairs += sum(min(past + i + 1, w) for n, past in chunks for i in range(n)) if window else sum(
+            n * past + n * (n + 1) // 2 for n, past in chunks)
+        kv += 2 * c.K * c.D * (sum(min(past, w) for _, past in chunks) + 2 * new)
+    return Cost(2 * new * weights + 2 * len(chunks) * head + 4 * c.H * c.D * pairs, itemsize * (weights + head + kv))
+
+
+def layer_weights(c: Config) -> int:
+    """Weights of all layers that take part in products: q, k, v and out; up and down, and Llama's gate."""
+    return c.L * (c.E * (c.H + 2 * c.K) * c.D + c.H * c.D * c.E + c.I * c.E * (3 if c.family == "llama" else 2))
+
+
+def kv_bytes(c: Config, itemsize: int) -> int:
+    """Bytes of K and V per token of context."""
+    return 2 * c.L * c.K * c.D * itemsize
+
+
+class Ceiling(NamedTuple):
+    """A machine: operations per second in one dtype, bytes per second read from memory."""
+    peak: float
+    bandwidth: float
+
+    def seconds(self, cost: Cost) -> float:
+        """The least time in which a step can be done."""
+        return max(cost.flops / self.peak, cost.bytes / self.bandwidth)
+
+    def verdict(self, cost: Cost) -> str:
+        return "compute" if cost.flops / cost.bytes > self.peak / self.bandwidth else "memory"
+
+
+def measured_ceiling(device: torch.device, dtype: str) -> Ceiling:
+    """What this machine reaches at its best: the sum of a large tensor, and a large product."""
+    progress("measuring the ceilings")
+    x = torch.zeros(1 << 27, device=device)
+    size = 2048 if device.type == "cpu" else 8192
+    x_TE, weight = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in "xw")
+    product = race_for(x_TE, weight) if device.type == "cpu" else lambda x, w: x @ w.T
+    product_seconds = min(clock(lambda: product(x_TE, weight), device) for _ in range(10))
+    return Ceiling(2 * size ** 3 / product_seconds, x.nbytes / min(clock(x.sum, device) for _ in range(10)))
+
+
+def clock(call, device: torch.device) -> float:
+    """Seconds of one call, the device's work included."""
+    def wait():
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+    wait()
+    begin = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - begin
+
+
+def alternate(calls: list, device: torch.device, repeats: int = 3) -> list[float]:
     """Median seconds of each call, run in turns after one warm-up, so that a noisy machine disturbs all alike."""
-    times = [[] for _ in calls]
+    times = [[clock(call, device) for call in calls] for _ in range(repeats + 1)]
+    return [statistics.median(column) for column in zip(*times[1:])]
+
+
+# ---------------------------------------------------------------------------------------------
+# The engine under test
+
+class Lab:
+    """A model on a device, as the arguments ask for, and what the machine could do."""
+
+    def __init__(self, args: argparse.Namespace, ceiling: bool = True):
+        self.source = config_of(args.random) if args.random else Path(args.model)
+        self.name = args.random or str(args.model)
+        self.args, self.config = args, self.source if args.random else read_config(self.source)
+        if self.config.context < 256:
+            raise ValueError(f"{self.name} has a context of {self.config.context}: the measurements need 256 at least")
+        self.llm = self.engine()
+        self.dtype, self.device = self.llm.dtype, self.llm.device
+        self.itemsize = DTYPES[self.dtype].itemsize
+        print(f"{self.name} in {self.dtype} on {machine(self.device)}, PyTorch {torch.__version__}")
+        if ceiling:
+            self.ceiling = measured_ceiling(self.device, self.dtype)
+            peak, bandwidth = self.ceiling
+            print(f"Ceilings as measured: {peak / 1e9:,.0f} GFLOP/s and {bandwidth / 1e9:,.0f} GB/s, a balance of "
+                  f"{peak / bandwidth:.0f} operations per byte")
+
+    def engine(self, **options) -> LLM:
+        """Another LLM of the same model. Each prompt is new to it unless prefix_cache is asked for."""
+        options = dict(prefix_cache=False, max_seqs=32) | options
+        dtype = self.dtype if hasattr(self, "dtype") else self.args.dtype
+        return LLM(self.source, self.args.device, dtype, **options)
+
+    def prompts(self, B: int, T: int) -> list[list[int]]:
+        return [[random.randrange(self.config.V) for _ in range(T)] for _ in range(B)]
+
+    def prefill(self, B: int, T: int, repeats: int = 5) -> float:
+        """Median seconds to the first tokens of B prompts of T tokens."""
+        def run():
+            outs = self.llm.generate(self.prompts(B, T), SamplingParams(max_tokens=1, ignore_eos=True))
+            assert all(len(out.token_ids) == 1 for out in outs), outs[0].error
+        return alternate([run], self.device, repeats)[0]
+
+    def decode(self, B: int, context: int, steps: int = 24) -> float:
+        """Median seconds of a decode step of B requests that have so many tokens, on average."""
+        start = max(1, context - steps // 2 - 12)
+        for prompt in self.prompts(B, start):
+            self.llm.add(prompt, SamplingParams(max_tokens=steps + 24, ignore_eos=True))
+        while any(request.pending > 1 for request in self.llm.requests.values()):
+            self.llm.step()
+        seconds = [clock(self.llm.step, self.device) for _ in range(steps + 20)]
+        while self.llm.requests:
+            self.llm.step()
+        return statistics.median(seconds[20:])   # the first ones compile, record or race
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+# ---------------------------------------------------------------------------------------------
+# The commands
+
+def phases(args: argparse.Namespace):
+    """Prefill and decode: time, operations, bytes, and which of the two limits binds."""
+    lab, rows = Lab(args), []
+    longest = min(512, lab.config.context - 64)
+    cases = [("prefill", 1, T) for T in (longest // 16, longest // 4, longest)]
+    cases += [("decode", B, longest // 4) for B in (1, 4, 16)]
+    for phase, B, T in cases:
+        progress(f"{phase}: {B} x {T}")
+        if phase == "prefill":
+            seconds, cost, tokens = lab.prefill(B, T), step_cost(lab.config, [(T, 0)] * B, lab.itemsize), B * T
+        else:
+            seconds, cost, tokens = lab.decode(B, T), step_cost(lab.config, [(1, T)] * B, lab.itemsize), B
+        rows.append([f"{phase} {B} x {T}", seconds * 1e3, tokens / seconds, cost.flops / 1e6, cost.bytes / 1e6,
+                     cost.flops / cost.bytes, cost.flops / seconds / lab.ceiling.peak * 100,
+                     cost.bytes / seconds / lab.ceiling.bandwidth * 100, lab.ceiling.verdict(cost)])
+    gain = rows[2][2] / rows[3][2]
+    print_table("The two phases (batch x tokens; a decode step makes one token per request)",
+                ["", "ms", "tokens/s", "MFLOP", "MB", "FLOP/B", "% of peak", "% of bandwidth", "bound"], rows,
+                "For a prompt, the time is TTFT; for batch 1, tokens/s of decode is TPS. A prompt's tokens share every "
+                f"weight read, so prefill does {gain:.0f} times as many tokens per second as decode at batch 1; "
+                "batching gives decode a part of that back. Where neither share is near 100%, fixed costs rule.",
+                ("FLOP/B", "% of peak"))
+
+
+def batch(args: argparse.Namespace):
+    """Decode against batch size, measured and by the roofline."""
+    lab, rows, context = Lab(args), [], 128
+    c = lab.config
+    sizes = [1, 2, 4, 8, 16, 32]
+    for B in sizes:
+        progress(f"decode: {B} x {context}")
+        seconds = lab.decode(B, context)
+        floor = lab.ceiling.seconds(step_cost(c, [(1, context)] * B, lab.itemsize))
+        rows.append([B, seconds * 1e3, B / seconds, 1 / seconds, floor * 1e3, floor / seconds * 100])
+    knee = next((row[0] for row in rows if row[1] > 2 * rows[0][1]), None)
+    per_request = kv_bytes(c, lab.itemsize) * c.context
+    room = lab.llm.pool.num_blocks * lab.llm.pool.block_size
+    print_table(f"Decode at {context} tokens of context against batch size",
+                ["batch", "ms per step", "tokens/s", "each", "roofline ms", "% of roofline"], rows,
+                f"By the roofline decode turns {crossover(c, lab.ceiling, context, lab.itemsize)}. Measured, a "
+                + (f"step of batch {knee} is the first to take more than twice the time of batch 1. " if knee else
+                   f"step of batch {sizes[-1]} takes less than twice the time of batch 1. ")
+                + f"A request of {c.context} tokens holds {per_request / 1e6:,.1f} MB of K and V, and this pool "
+                f"has room for {room // c.context} of them.", ("batch", "tokens/s", "each"))
+
+
+def crossover(c: Config, ceiling: Ceiling, context: int, itemsize: int) -> str:
+    """From which batch on a decode step has more operations than the machine does while its bytes arrive."""
+    one, two = (step_cost(c, [(1, context)] * B, itemsize) for B in (1, 2))
+    flops, each = two.flops - one.flops, two.bytes - one.bytes        # per request
+    balance = ceiling.peak / ceiling.bandwidth
+    if flops <= balance * each:
+        return (f"compute-bound at no batch, as a request's own K and V ask for {flops / each:.0f} operations per byte "
+                f"and the machine's balance is {balance:.0f}")
+    return f"compute-bound at batch {balance * (one.bytes - each) / (flops - balance * each):.0f}"
+
+
+def cache(args: argparse.Namespace):
+    """A token's cost with the KV cache, and with the whole prefix computed again."""
+    lab, rows, total = Lab(args, ceiling=False), [], [0.0, 0.0]
+    most = min(lab.config.context - 64, 1024)
+    before = (0, 0.0, 0.0)
+    for T in [n for n in (32, 64, 128, 256, 512, 1024) if n < most] + [most]:
+        progress(f"a token at position {T}")
+        now = (T, lab.decode(1, T, 12), lab.prefill(1, T, 3))
+        total = [s + (now[0] - before[0]) * (now[i] + (before[i] or now[i])) / 2 for i, s in enumerate(total, 1)]
+        rows.append([T, now[1] * 1e3, now[2] * 1e3, now[2] / now[1], *total, total[1] / total[0]])
+        before = now
+    print_table("The next token at a position: with the KV cache, and recomputing its whole prefix",
+                ["position", "cached ms", "recomputed ms", "ratio", "total s", "recomputed total s", "ratio of totals"],
+                rows, "With the cache a token costs about the same wherever it stands: a text grows linearly dearer. "
+                "Without it a token costs what its prefix costs, and a text grows quadratically dearer.",
+                ("position", "cached ms", "recomputed ms"))
+
+
+def traffic(args: argparse.Namespace):
+    """The bytes of one head's attention: intermediates written and read, against tiles that never leave the chip."""
+    device, d, rows = find_device(args.device), args.head_dim, []
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    for T in sorted({args.tokens // 8, args.tokens // 2, args.tokens}):
+        progress(f"attention over {T} tokens")
+        naive, tiled = 8 * T * T + 8 * T * d, 8 * T * d
+        q, k, v = (torch.randn(1, 1, T, d, device=device, dtype=dtype) for _ in "qkv")
+        slow, fast = alternate([lambda: (q @ k.mT * d ** -0.5).softmax(-1) @ v,
+                                lambda: F.scaled_dot_product_attention(q, k, v)], device, 5)
+        rows.append([T, 8 * T * T / 2 ** 20, naive / 2 ** 20, tiled / 2 ** 20, naive / tiled, T / d, slow * 1e3,
+                     fast * 1e3, slow / fast])
+    print_table(f"Attention's traffic for one head of size {d}, two-byte types; times: {dtype} on {machine(device)}",
+                ["tokens", "8 T^2 MiB", "naive MiB", "tiled MiB", "ratio", "T / d", "naive ms", "tiled ms", "faster"],
+                rows, "Naive attention writes the T x T scores, reads them for the softmax, writes the weights and "
+                "reads them for the product with V: four times 2 T^2 bytes. Tiles leave q, k, v and the result, 8 T d "
+                "bytes, so the ratio is 1 + T / d. (Keys that every tile of queries reads anew come from the cache.) "
+                "Time follows bytes only where bytes are the limit.", ("tokens", "naive ms", "tiled ms"))
+
+
+HARDWARE = {   # the makers' data sheets: dense operations per second in bfloat16 (m3-max: float16), bytes per second
+    "a100": Ceiling(312e12, 2.039e12), "h100": Ceiling(989e12, 3.35e12), "h200": Ceiling(989e12, 4.8e12),
+    "rtx-4090": Ceiling(165e12, 1.008e12), "m3-max": Ceiling(28e12, 0.4e12)}
+
+
+def estimate(args: argparse.Namespace):
+    """What a model must cost on a machine, on paper, each formula with its numbers in it."""
+    path = Path(args.model)
+    c = config_of(args.random or str(args.model)) if args.random or str(args.model) in SHAPES else read_config(
+        path.parent if path.name == "config.json" else path)
+    m = measured_ceiling(torch.device("cpu"), "bfloat16") if args.hardware == "cpu" else HARDWARE[args.hardware]
+    T, weights, head = min(args.context, c.context), layer_weights(c), c.V * c.E
+    P, kv = weights + head, kv_bytes(c, 2)
+    decode, prefill = step_cost(c, [(1, T)], 2), step_cost(c, [(T, 0)], 2)
+    tps, ttft = 1 / m.seconds(decode), m.seconds(prefill)
+    balance, G = m.peak / m.bandwidth, 1e9
+    rows = [
+        ["weights that a token meets", f"{weights / G:.3f} G in layers + V E = {c.V} x {c.E}", f"{P / G:.2f} G"],
+        ["their bytes", f"2 x {P / G:.2f} G", f"{2 * P / G:.2f} GB"],
+        ["K and V per token", f"2 x L K D x 2 = 2 x {c.L} x {c.K} x {c.D} x 2", f"{kv / 1024:.0f} KiB"],
+        ["the same without GQA", f"2 x L H D x 2 = 2 x {c.L} x {c.H} x {c.D} x 2", f"{kv * c.H // c.K / 1024:.0f} KiB"],
+        [f"bytes of a decode step at {T}", f"{2 * P / G:.2f} GB + {T} x {kv / 1024:.0f} KiB",
+         f"{decode.bytes / G:.2f} GB"],
+        ["its operations", f"2 x {P / G:.2f} G + 4 L H D x {T}", f"{decode.flops / G:.1f} GFLOP"],
+        ["its intensity", f"{decode.flops / G:.1f} / {decode.bytes / G:.2f}",
+         f"{decode.flops / decode.bytes:.2f} FLOP/B"],
+        [f"balance of {args.hardware}", f"{m.peak / 1e12:.1f} TFLOP/s / {m.bandwidth / 1e12:.3f} TB/s",
+         f"{balance:.0f} FLOP/B"],
+        ["bound on TPS at batch 1", f"{m.bandwidth / 1e12:.3f} TB/s / {decode.bytes / G:.2f} GB" if m.verdict(decode) ==
+         "memory" else f"{m.peak / 1e12:.1f} TFLOP/s / {decode.flops / G:.1f} GFLOP", f"{tps:.0f} tokens/s"],
+        [f"operations of a prompt of {T}", f"2 x {weights / G:.2f} G x {T} + 2 V E + 2 L H D x {T} x {T + 1}",
+         f"{prefill.flops / 1e12:.2f} TFLOP"],
+        ["bound on its TTFT", f"{prefill.flops / 1e12:.2f} TFLOP / {m.peak / 1e12:.1f} TFLOP/s" if m.verdict(prefill) ==
+         "compute" else f"{prefill.bytes / G:.2f} GB / {m.bandwidth / 1e12:.3f} TB/s", f"{ttft * 1e3:.1f} ms"],
+        ["prefill tokens/s", f"{T} / {ttft * 1e3:.1f} ms", f"{T / ttft:,.0f}"],
+        ["prefill over decode, per token", f"{T / ttft:,.0f} / {tps:.0f}", f"{T / ttft / tps:.0f} times"],
+    ]
+    print_table(f"{args.random or args.model} in bfloat16 on {args.hardware}, {T} tokens of context, on paper",
+                ["", "formula", "value"], rows,
+                f"Decode at batch 1 is {m.verdict(decode)}-bound, a prompt of {T} {m.verdict(prefill)}-bound. Decode "
+                f"with {T} tokens of context each turns {crossover(c, m, T, 2)}; with next to none, "
+                f"{crossover(c, m, 1, 2)}.")
+
+
+def play(llm: LLM, requests: list[tuple[float, list[int], int]], group: int = 0) -> dict[str, list[float]]:
+    """Send (arrival in seconds, prompt, new tokens) at their times and note when each token appears.
+
+    group: static batching, that many requests together and the next ones when all of these have finished.
+    """
+    waiting, arrival, last = sorted(requests), {}, {}
+    seen, begin = {"tokens/s": [], "ttft": [], "gap": []}, time.perf_counter()
+    while waiting or llm.requests:
+        now, free = time.perf_counter() - begin, group or len(waiting)
+        while waiting and waiting[0][0] <= now and free and not (group and llm.requests and free == group):
+            start, prompt, new = waiting.pop(0)
+            arrival[llm.add(prompt, SamplingParams(max_tokens=new, ignore_eos=True))] = start
+            free -= 1
+        if not llm.requests:
+            time.sleep(max(0.0, waiting[0][0] - now))
+            continue
+        for out in llm.step():
+            now = time.perf_counter() - begin
+            seen["gap" if out.id in last else "ttft"].append(now - last.get(out.id, arrival[out.id]))
+            last[out.id] = now
+    seen["tokens/s"].append(sum(new for _, _, new in requests) / max(last.values()))
+    return seen
+
+
+def compare(title: str, contestants: dict, make, note: str, repeats: int = 3):
+    """A row per contestant (an LLM and its group) on the requests that `make` gives, played in turns; the first turn is
+    not counted."""
+    found = {name: {} for name in contestants}
     for turn in range(repeats + 1):
-        for call, seconds in zip(calls, times):
-            begin = time.perf_counter()
-            call()
-            if turn:
-                seconds.append(time.perf_counter() - begin)
-    return [statistics.median(seconds) for seconds in times]
+        requests = make()
+        for name, (llm, group) in contestants.items():
+            progress(f"{title}: {name}, {turn + 1} of {repeats + 1}")
+            for key, values in play(llm, requests, group).items():
+                found[name].setdefault(key, []).extend(values if turn else [])
+    rows = []
+    for name, seen in found.items():
+        times = [statistics.quantiles(seen[key], n=100, method="inclusive")[p - 1] * 1e3
+                 for key in ("ttft", "gap") for p in (50, 95, 99)]
+        rows.append([name, statistics.median(seen["tokens/s"]), *times, max(seen["gap"]) * 1e3])
+    print_table(title, ["", "tokens/s", "TTFT p50", "p95", "p99 ms", "gap p50", "p95", "p99", "longest ms"], rows, note)
 
 
-def cpu_ceilings() -> tuple[float, dict[str, float]]:
-    """What this machine reaches at its best: bytes per second reading memory, operations per second in each dtype."""
-    x, seconds, peaks = torch.zeros(1 << 27), [], {}
-    for _ in range(10):
+def serve(args: argparse.Namespace):
+    """The same requests, served in different ways."""
+    lab, dice = Lab(args, ceiling=False), random.Random(0)
+    context = lab.config.context
+
+    def crowd(gap: float = 0.0):
+        """32 requests, prompts of 8 to 64 tokens, answers of 4 to 128, most of them short."""
+        at = itertools.accumulate(dice.expovariate(1 / gap) if gap else 0.0 for _ in range(32))
+        return [(start, *lab.prompts(1, dice.randint(8, 64)), min(128, 4 + int(dice.expovariate(1 / 32))))
+                for start in at]
+
+    eight = lab.engine(max_seqs=8)
+    ways = {"static": (eight, 8), "continuous": (eight, 0)}
+    play(eight, crowd())
+    pace = clock(lambda: play(eight, crowd()), lab.device) / 32    # seconds per request, when eight are served
+    compare("Eight at a time, all 32 there at once", ways, crowd,
+            "Static batching waits for the longest of eight; continuous batching fills each place as it becomes free.")
+    compare("Eight at a time, arriving one by one (Poisson)", ways, lambda: crowd(pace),
+            "They come as fast as continuous batching can serve them. gap: between two tokens of a request.")
+
+    few = {f"chunks of {n}": (lab.engine(max_batched_tokens=n), 0) for n in (64, context)}
+    compare(f"A prompt of {context - 200} tokens arrives among six that are decoding", few,
+            lambda: [(0.0, prompt, 100) for prompt in lab.prompts(6, 16)] + [(0.05, *lab.prompts(1, context - 200), 8)],
+            "In one piece, the long prompt stops everybody for as long as it takes; in chunks, it takes turns.")
+
+    def shared():
+        start = lab.prompts(1, context // 2)[0]
+        return [(0.0, start + prompt, 16) for prompt in lab.prompts(12, 16)]
+    compare(f"Twelve requests that begin with the same {context // 2} tokens", {
+        f"prefix cache {'on' if on else 'off'}": (lab.engine(prefix_cache=on, max_seqs=4), 0) for on in (True, False)},
+            shared, "With the cache, whoever comes after the first computes only what is new.")
+
+    step, model = loop_seconds(lab.engine(), 32)
+    print(f"\nA decode step at batch 32 takes {step * 1e3:.2f} ms; {1 - model / step:.1%} of it is not the model:\n"
+          "deciding who runs, choosing tokens, keeping the books.")
+
+
+def loop_seconds(llm: LLM, B: int) -> tuple[float, float]:
+    """Median seconds of a decode step, and of the model in it."""
+    run, inside, whole = llm._run, [], []
+
+    def timed(chunks):
         begin = time.perf_counter()
-        x.sum()
-        seconds.append(time.perf_counter() - begin)
-    for name, dtype in DTYPES.items():
-        x_TE, weight = (torch.randn(2048, 2048).to(dtype) for _ in "xw")
-        race = race_for(x_TE, weight)
-        while not race.best:
-            race(x_TE, weight)
-        peaks[name] = 2 * 2048 ** 3 / min(race.seconds.values())
-    return x.nbytes / min(seconds), peaks
+        logits = run(chunks)
+        inside.append(time.perf_counter() - begin)
+        return logits
+    llm._run = timed
+    for _ in range(B):
+        llm.add([1] * 8, SamplingParams(max_tokens=200, ignore_eos=True))
+    while llm.requests:
+        whole.append(clock(llm.step, llm.device))
+    llm._run = run
+    return statistics.median(whole[40:]), statistics.median(inside[40:])
+
+
+# ---------------------------------------------------------------------------------------------
+# A CPU, beside transformers
+
+class Ours:
+    """nanoserve, for token ids: so many new tokens for each prompt."""
+
+    def __init__(self, model: Config | Path, dtype: str):
+        self.llm = LLM(model, "cpu", dtype, prefix_cache=False, max_seqs=32, num_blocks=1024)
+
+    def __call__(self, prompts: list[list[int]], new: list[int]):
+        outs = self.llm.generate(prompts, [SamplingParams(max_tokens=n, ignore_eos=True) for n in new])
+        assert [len(out.token_ids) for out in outs] == new, [out.error for out in outs]
+
+
+def transformers():
+    """The package, or None."""
+    try:
+        package = import_module("transformers")
+    except ImportError:
+        return None
+    package.logging.set_verbosity_error()
+    package.logging.disable_progress_bar()
+    return package
+
+
+class Theirs:
+    """transformers, from the same folder; requests of several lengths by its continuous batching."""
+
+    def __init__(self, folder: Path, dtype: str):
+        self.model = transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
+        self.options = transformers().GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+    def __call__(self, prompts: list[list[int]], new: list[int]):
+        if len(set(map(len, prompts))) == 1:
+            x = torch.tensor(prompts)
+            out = self.model.generate(x, self.options, attention_mask=torch.ones_like(x), max_new_tokens=new[0])
+            assert out.shape[1] == x.shape[1] + new[0]
+            return
+        with self.model.continuous_batching_context_manager(generation_config=self.options) as manager:
+            for prompt, n in zip(prompts, new):
+                manager.add_request(prompt, max_new_tokens=n)
+            outs = []
+            while len(outs) < len(prompts):
+                result = manager.get_result(timeout=1)
+                outs += [result] if result and result.is_finished() else []
+        assert sorted(len(out.generated_tokens) for out in outs) == sorted(new), [out.error for out in outs]
+
+
+def both(shape: str, dtype: str) -> list:
+    """Ours, and theirs if it is installed, with the same random weights."""
+    if not transformers():
+        return [Ours(config_of(shape), dtype)]
+    with tempfile.TemporaryDirectory() as folder:
+        config = transformers().AutoConfig.for_model(**SHAPES[shape])
+        transformers().AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).save_pretrained(folder)
+        return [Ours(Path(folder), dtype), Theirs(Path(folder), dtype)]
+
+
+def tokens_per_second(systems: list, prompts: list[list[int]], new: list[int], decode: bool, repeats: int = 3):
+    """Of each system, in turns: of decode, that is less the time for a first token, or of the whole."""
+    calls = [lambda s=s, n=n: s(prompts, n) for s in systems for n in ([new, [1] * len(new)] if decode else [new])]
+    seconds = alternate(calls, torch.device("cpu"), repeats)
+    if decode:
+        return [(sum(new) - len(new)) / (whole - first) for whole, first in zip(seconds[::2], seconds[1::2])]
+    return [sum(new) / s for s in seconds]
+
+
+def cpu(args: argparse.Namespace):
+    """Prefill, decode and a crowd, against this CPU's ceilings and beside transformers; then what a context costs."""
+    device = torch.device("cpu")
+    ceilings = {dtype: measured_ceiling(device, dtype) for dtype in ("float32", "bfloat16")}
+    bandwidth = max(ceiling.bandwidth for ceiling in ceilings.values())
+    theirs = transformers()
+    print(f"{machine(device)}, PyTorch {torch.__version__}, transformers "
+          f"{theirs.__version__ if theirs else 'not installed'}\nCeilings as measured: {bandwidth / 1e9:.0f} GB/s; "
+          + ", ".join(f"{ceiling.peak / 1e9:.0f} GFLOP/s in {dtype}" for dtype, ceiling in ceilings.items()))
+    rows = []
+
+    def row(name, c, systems, lens, new, dtype, decode=True, repeats=3):
+        progress(name)
+        prompts, one = [[random.randrange(c.V) for _ in range(n)] for n in lens], len(lens) == 1 and not decode
+        rates = tokens_per_second(systems, prompts, new, decode, repeats)
+        rates = [rate * (lens[0] if one else 1) for rate in rates]    # a prefill is quoted by the prompt's tokens
+        chunks = [(lens[0], 0)] if one else [(1, n + m // 2) for n, m in zip(lens, new)]
+        cost = step_cost(c, chunks, DTYPES[dtype].itemsize)
+        steps = rates[0] / (lens[0] if one else len(lens))
+        reached = ["-", "-"]
+        if one:
+            flops = steps * cost.flops
+            reached = [f"{flops / 1e9:.0f} GFLOP/s", flops / ceilings[dtype].peak * 100]
+        elif decode:
+            reached = [f"{steps * cost.bytes / 1e9:.0f} GB/s", steps * cost.bytes / bandwidth * 100]
+        compared = [round(rates[1]), rates[0] / rates[1]] if theirs else ["-", "-"]
+        rows.append([name, round(rates[0]), *reached, *compared])
+
+    for shape, dtype in itertools.product(("gpt2", "llama-135m"), ("float32", "bfloat16")):
+        progress(f"making {shape}")
+        c, systems, name = config_of(shape), both(shape, dtype), f"{shape} {dtype}"
+        row(f"{name}: prefill 512", c, systems, [512], [1], dtype, decode=False)
+        row(f"{name}: decode, batch 1", c, systems, [32], [33], dtype)
+        row(f"{name}: decode, batch 16", c, systems, [32] * 16, [33] * 16, dtype)
+        if shape == "llama-135m":
+            lens, new = [[random.randint(8, most) for _ in range(32)] for most in (128, 96)]
+            row(f"{name}: 32 mixed requests", c, systems, lens, new, dtype, decode=False, repeats=1)
+    demo = Path(__file__).parent / "demo/llama"
+    ours = Ours(demo, "auto")
+    row(f"demo/llama {ours.llm.dtype}: decode, batch 1", ours.llm.config,
+        [ours] + ([Theirs(demo, ours.llm.dtype)] if theirs else []), [8], [201], ours.llm.dtype)
+    print_table("Tokens per second, random weights",
+                ["", "nanoserve", "reached", "% of ceiling", "transformers", "ratio"], rows,
+                "Decode reads every weight once per step and is held against the memory's bandwidth; prefill "
+                "multiplies and is held against the product. Mixed: 8 to 128 tokens in, 8 to 96 out, tokens out per second.")
+
+    rows, c = [], config_of("llama-135m")
+    for dtype in ("float32", "bfloat16"):
+        llm, seconds = LLM(c, "cpu", dtype, prefix_cache=False, max_seqs=1), {}
+        for context in (128, 4096, 128, 4096):   # the first two also let the races run
+            llm.add([1] * context, SamplingParams(max_tokens=42, ignore_eos=True))
+            steps = []
+            while llm.requests:
+                steps.append(clock(llm.step, device))
+            seconds[context] = statistics.median(steps[-40:])
+        extra = seconds[4096] - seconds[128]
+        floor = 3968 * kv_bytes(c, DTYPES[dtype].itemsize) / bandwidth
+        rows.append([dtype, *(x * 1000 for x in (seconds[128], seconds[4096], extra, floor)), extra / floor])
+    print_table("What a long context adds to a decode step of llama-135m",
+                ["", "ms at 128", "ms at 4096", "extra ms", "its bytes / bandwidth, ms", "ratio"], rows)
+    step, inside = loop_seconds(ours.llm, 1)
+    print(f"\nA decode step of demo/llama takes {step * 1e6:.0f} us, of which {(step - inside) * 1e6:.0f} are not the "
+          "model:\ndeciding who runs, choosing the token, keeping the books.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -307,7 +831,7 @@ def show_measured():
         params = SamplingParams(max_tokens=400, ignore_eos=True)
         llm.generate([[1] * 100], params)   # compile and record
         tps = statistics.median(llm.generate([[1] * 100], params)[0].tps for _ in range(5))
-        bound = bandwidth / step_bytes(llm.config, [300], 2)   # at the mean context
+        bound = bandwidth / step_cost(llm.config, [(1, 300)], 2).bytes   # at the mean context
         rows.append([shape, f"{tps:.0f}", f"{bound:.0f}", f"{tps / bound:.0%}"])
         del llm
     print_table("End to end at batch 1, random weights, bfloat16", ["", "tokens/s", "bandwidth bound", "reached"], rows)
@@ -315,155 +839,76 @@ def show_measured():
 
 
 # ---------------------------------------------------------------------------------------------
-# A CPU, beside transformers
+# The command line
 
-class Ours:
-    """nanoserve, for token ids: so many new tokens for each prompt."""
-
-    def __init__(self, model: Config | Path, dtype: str):
-        self.llm = LLM(model, "cpu", dtype, prefix_cache=False, max_seqs=32, num_blocks=1024)
-
-    def __call__(self, prompts: list[list[int]], new: list[int]):
-        outs = self.llm.generate(prompts, [SamplingParams(max_tokens=n, ignore_eos=True) for n in new])
-        assert [len(out.token_ids) for out in outs] == new, [out.error for out in outs]
-
-
-class Theirs:
-    """transformers, from the same folder; requests of several lengths by its continuous batching."""
-
-    def __init__(self, folder: Path, dtype: str):
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
-        self.options = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
-
-    def __call__(self, prompts: list[list[int]], new: list[int]):
-        if len(set(map(len, prompts))) == 1:
-            x = torch.tensor(prompts)
-            out = self.model.generate(x, self.options, attention_mask=torch.ones_like(x), max_new_tokens=new[0])
-            assert out.shape[1] == x.shape[1] + new[0]
-            return
-        with self.model.continuous_batching_context_manager(generation_config=self.options) as manager:
-            for prompt, n in zip(prompts, new):
-                manager.add_request(prompt, max_new_tokens=n)
-            outs = []
-            while len(outs) < len(prompts):
-                result = manager.get_result(timeout=1)
-                outs += [result] if result and result.is_finished() else []
-        assert sorted(len(out.generated_tokens) for out in outs) == sorted(new), [out.error for out in outs]
-
-
-def both(shape: str, dtype: str) -> list:
-    """Ours, and theirs if it is installed, with the same random weights."""
-    if not transformers:
-        return [Ours(config_of(shape), dtype)]
-    with tempfile.TemporaryDirectory() as folder:
-        config = transformers.AutoConfig.for_model(**SHAPES[shape])
-        transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).save_pretrained(folder)
-        return [Ours(Path(folder), dtype), Theirs(Path(folder), dtype)]
-
-
-def tokens_per_second(systems: list, prompts: list[list[int]], new: list[int], decode: bool, repeats: int = 3):
-    """Of each system, in turns: of decode, that is less the time for a first token, or of the whole."""
-    calls = [lambda s=s, n=n: s(prompts, n) for s in systems for n in ([new, [1] * len(new)] if decode else [new])]
-    seconds = alternate(calls, repeats)
-    if decode:
-        return [(sum(new) - len(new)) / (whole - first) for whole, first in zip(seconds[::2], seconds[1::2])]
-    return [sum(new) / s for s in seconds]
-
-
-def show_cpu():
-    """Prefill, decode and a crowd, against this CPU's ceilings and beside transformers; then what a context costs."""
-    progress("measuring the ceilings")
-    bandwidth, peaks = cpu_ceilings()
-    print(f"{processor()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, "
-          f"transformers {transformers.__version__ if transformers else 'not installed'}\n"
-          f"Ceilings: memory is read at {bandwidth / 1e9:.0f} GB/s; products reach "
-          + ", ".join(f"{peak / 1e9:.0f} GFLOP/s in {name}" for name, peak in peaks.items()))
-    dice, rows = random.Random(0), []
-
-    def row(name, c, systems, lens, new, dtype, decode=True, repeats=3):
-        progress(name)
-        prompts = [[dice.randrange(c.V) for _ in range(n)] for n in lens]
-        ours, *theirs = tokens_per_second(systems, prompts, new, decode, repeats)
-        reached = share = "-"
-        if decode:       # a step for every len(lens) tokens
-            rate = ours / len(lens) * step_bytes(c, [n + m // 2 for n, m in zip(lens, new)], DTYPES[dtype].itemsize)
-            reached, share = f"{rate / 1e9:.0f} GB/s", f"{rate / bandwidth:.0%}"
-        elif new == [1]:
-            rate, ours, theirs = ours * prefill_flops(c, lens[0]), ours * lens[0], [t * lens[0] for t in theirs]
-            reached, share = f"{rate / 1e9:.0f} GFLOP/s", f"{rate / peaks[dtype]:.0%}"
-        rows.append([name, f"{ours:.0f}", reached, share,
-                     *([f"{theirs[0]:.0f}", ours / theirs[0]] if theirs else ["-", "-"])])
-
-    for shape, dtype in itertools.product(("gpt2", "llama-135m"), ("float32", "bfloat16")):
-        progress(f"making {shape}")
-        c, systems, name = config_of(shape), both(shape, dtype), f"{shape} {dtype}"
-        row(f"{name}: prefill 512", c, systems, [512], [1], dtype, decode=False)
-        row(f"{name}: decode, batch 1", c, systems, [32], [33], dtype)
-        row(f"{name}: decode, batch 16", c, systems, [32] * 16, [33] * 16, dtype)
-        if shape == "llama-135m":
-            lens, new = [[dice.randint(8, most) for _ in range(32)] for most in (128, 96)]
-            row(f"{name}: 32 mixed requests", c, systems, lens, new, dtype, decode=False, repeats=1)
-    demo = Path(__file__).parent / "demo/llama"
-    ours = Ours(demo, "auto")
-    row(f"demo/llama {ours.llm.dtype}: decode, batch 1", ours.llm.config,
-        [ours] + ([Theirs(demo, ours.llm.dtype)] if transformers else []), [8], [201], ours.llm.dtype)
-    print_table("Tokens per second, random weights", ["", "nanoserve", "reached", "of ceiling", "transformers", "ratio"],
-                rows, "Decode reads every weight once per step and is held against the memory's bandwidth, prefill multiplies "
-                "and is held against the product. Mixed: 8 to 128 tokens in, 8 to 96 out, tokens out per second.")
-
-    rows, c = [], config_of("llama-135m")
-    for dtype in ("float32", "bfloat16"):
-        llm, seconds = LLM(c, "cpu", dtype, prefix_cache=False, max_seqs=1), {}
-        for context in (128, 4096, 128, 4096):   # the first two also let the races run
-            llm.add([1] * context, SamplingParams(max_tokens=42, ignore_eos=True))
-            steps = []
-            while llm.requests:
-                begin = time.perf_counter()
-                llm.step()
-                steps.append(time.perf_counter() - begin)
-            seconds[context] = statistics.median(steps[-40:])
-        extra = seconds[4096] - seconds[128]
-        floor = (step_bytes(c, [4096], DTYPES[dtype].itemsize) - step_bytes(c, [128], DTYPES[dtype].itemsize)) / bandwidth
-        rows.append([dtype, *(f"{x * 1000:.1f} ms" for x in (seconds[128], seconds[4096], extra, floor)), extra / floor])
-    print_table("What a long context adds to a decode step of llama-135m",
-                ["", "at 128", "at 4096", "extra", "its bytes / bandwidth", "ratio"], rows)
-
-    spent = []
-    run, ours.llm.model = ours.llm.model, lambda *a: (begin := time.perf_counter(), run(*a), spent.append(
-        time.perf_counter() - begin))[1]
-    begin = time.perf_counter()
-    ours([[1] * 8], [201])
-    step = (time.perf_counter() - begin) / 201
-    print(f"\nA decode step of demo/llama takes {step * 1e6:.0f} us, of which {1e6 * (step - sum(spent) / 201):.0f} "
-          "are not the model: deciding who runs, building the batch, choosing the token.")
-
-
-def processor() -> str:
-    try:
-        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def main():
-    parser = argparse.ArgumentParser(prog="bench.py", description="Measure, then compare with what hardware allows.")
-    parser.add_argument("command", choices=["kernels", "cpu"], help="kernels: the attention kernels, compiled or "
-                        "measured; cpu: prefill and decode on this CPU, beside transformers if it is installed")
-    if parser.parse_args().command == "cpu":
-        return show_cpu()
-    if kernels.load_triton() is None:
-        sys.exit("bench.py: the kernels need the triton package, which is not installed: "
-                 "pip install -r requirements.txt on Linux")
+def kernels_command(args: argparse.Namespace):
+    """The attention kernels: compiled for GPUs that are not here, or checked and timed on the one that is."""
+    triton = kernels.load_triton()
+    if triton is None:
+        raise ValueError("the kernels need the triton package, which is not installed: "
+                         "pip install -r requirements.txt on Linux")
     if torch.cuda.is_available():
-        print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {kernels.triton.__version__}")
+        print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}")
         show_measured()
     elif kernels.INTERPRETED:   # the compiler instead of the interpreter, which must be chosen before the import
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "0"})
     else:
-        print(f"No GPU here: PyTorch {torch.__version__}, Triton {kernels.triton.__version__}")
+        print(f"No GPU here: PyTorch {torch.__version__}, Triton {triton.__version__}")
         show_compiled()
 
 
+COMMANDS = {"phases": phases, "batch": batch, "cache": cache, "traffic": traffic, "estimate": estimate, "serve": serve,
+            "cpu": cpu, "kernels": kernels_command}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser("bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"bench.py: {message}; see --help\n")
+    add = parser.add_argument
+    add("command", nargs="?", default="phases", choices=COMMANDS, metavar="command", help=f"{', '.join(COMMANDS)}")
+    add("--model", default=str(Path(__file__).parent / "demo/llama"), metavar="DIR",
+        help="a checkpoint folder (default: demo/llama); for estimate also a config.json or a known name")
+    add("--random", choices=SHAPES, metavar="NAME", help=f"random weights of a known shape: {', '.join(SHAPES)}")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
+    add("--tokens", type=int, default=8192, metavar="T", help="for traffic: length of the sequence (default: 8192)")
+    add("--head-dim", type=int, default=128, metavar="D", help="for traffic: size of a head (default: 128)")
+    add("--hardware", choices=[*HARDWARE, "cpu"], default="a100", metavar="NAME",
+        help=f"for estimate: {', '.join(HARDWARE)}, or cpu, which is measured (default: a100)")
+    add("--context", type=int, default=2048, metavar="T", help="for estimate: tokens of context (default: 2048)")
+    add("--json", metavar="FILE", help="write the tables as JSON, with machine, versions, command and date")
+    add("--plot", metavar="FILE", help="draw them; needs matplotlib")
+    args = parser.parse_args(argv)
+    try:
+        for name in ("tokens", "head_dim", "context"):
+            if getattr(args, name) < 8:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be 8 or more")
+        try:
+            pyplot = import_module("matplotlib.pyplot") if args.plot else None
+        except ImportError:
+            raise ValueError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
+        for path in filter(None, (args.json, args.plot)):   # now rather than after minutes of work
+            try:
+                open(path, "a").close()
+            except OSError as error:
+                raise ValueError(f"{path} cannot be written ({error.strerror}): name another file") from None
+        if args.plot and args.command == "estimate":
+            raise ValueError("a table of formulas cannot be drawn: leave --plot out")
+        COMMANDS[args.command](args)
+        if args.json:
+            save_json(args.json, sys.argv if argv is None else ["bench.py", *argv], find_device(args.device))
+        if args.plot:
+            save_plot(args.plot, pyplot)
+    except ValueError as error:
+        progress("")
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nbench.py: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -362,7 +362,7 @@ def empty_weights(c: Config, device: torch.device, dtype: torch.dtype) -> tuple[
                     if c.family == "gpt2" and part in ("qkv", "out", "up", "down"):
                         target = target.mT if width else target   # Conv1D stores [in, out]
                     shape = tuple(target.shape)
-                    if re.search(r"\b[qk]_(proj|norm)$", module):   # a head is stored as [2, D / 2]; `rotate` wants pairs
+                    if re.search(r"\b[qk]_(proj|norm)$", module):   # a head is stored [2, D / 2], `rotate` wants pairs
                         target = target.unflatten(0, (-1, c.D // 2, 2)).transpose(1, 2)
                     jobs.append((target, f"{module}.{kind}", shape))
             parts.setdefault(part, []).append(Part(**made))
