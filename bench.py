@@ -223,7 +223,7 @@ class Lab:
 
     def __init__(self, args: argparse.Namespace, ceiling: bool = True):
         self.source = config_of(args.random) if args.random else Path(args.model)
-        self.name = args.random or str(args.model)
+        self.name = args.random or "/".join(Path(args.model).parts[-2:])
         self.args, self.config = args, self.source if args.random else read_config(self.source)
         if self.config.context < 256:
             raise ValueError(f"{self.name} has a context of {self.config.context}: the measurements need 256 at least")
@@ -423,7 +423,7 @@ def play(llm: LLM, requests: list[tuple[float, list[int], int]], group: int = 0)
 
     group: static batching, that many requests together and the next ones when all of these have finished.
     """
-    waiting, arrival, last = sorted(requests), {}, {}
+    waiting, arrival, last = sorted(requests, key=lambda request: request[0]), {}, {}
     seen, begin = {"tokens/s": [], "ttft": [], "gap": []}, time.perf_counter()
     while waiting or llm.requests:
         now, free = time.perf_counter() - begin, group or len(waiting)
@@ -626,7 +626,8 @@ def cpu(args: argparse.Namespace):
     print_table("Tokens per second, random weights",
                 ["", "nanoserve", "reached", "% of ceiling", "transformers", "ratio"], rows,
                 "Decode reads every weight once per step and is held against the memory's bandwidth; prefill "
-                "multiplies and is held against the product. Mixed: 8 to 128 tokens in, 8 to 96 out, tokens out per second.")
+                "multiplies and is held against the product. Mixed: 8 to 128 tokens in, 8 to 96 out, and the tokens that "
+                "come out per second.")
 
     rows, c = [], config_of("llama-135m")
     for dtype in ("float32", "bfloat16"):

@@ -289,8 +289,8 @@ def record(step):
 class LLM:
     """A model, its KV pool and the loop.
 
-    model: a checkpoint folder, or a Config for random weights of that shape. device: "auto" takes a GPU
-    if there is one. dtype: "auto" is the checkpoint's own, or on a CPU float32 if that measures faster. attention: "auto"
+    model: a checkpoint folder, or a Config for random weights of that shape. device: "auto" takes a GPU if there
+    is one. dtype: "auto" is the checkpoint's own, or on a CPU float32 if that measures faster. attention: "auto"
     is "triton" on a GPU and "torch" elsewhere; "triton" on a CPU runs the same kernels in Triton's
     interpreter, slowly. block_size: tokens per KV block; num_blocks: blocks in the pool;
     max_batched_tokens: tokens per step; None is what suits the device. max_seqs: requests that may run at

@@ -3,7 +3,8 @@
     python -m pytest            all of it; no GPU needed: the kernels run in Triton's interpreter
     python -m pytest -k kernel  one part
 
-In the order of the files: kernels, pool, checkpoints, forward pass, tokenizers, engine, command line, demo.
+In the order of the files: kernels, pool, checkpoints, forward pass, tokenizers, engine, command line,
+measurements, demo.
 """
 
 import base64
@@ -31,7 +32,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
+import bench
 import kernels
 import model
 import nanoserve
@@ -1424,6 +1427,99 @@ def test_help_names_every_option(capsys):
                    "dtype", "attention", "block-size", "num-blocks", "max-batched-tokens", "max-seqs", "json"):
         assert f"--{option} " in text
     assert end.value.code == 0 and max(map(len, text.splitlines())) <= 100
+
+
+# ---------------------------------------------------------------------------------------------
+# The measurements
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "mistral"])
+def test_operations_and_bytes_equal_what_torch_counts(tmp_path, monkeypatch, name):
+    config = (FAMILIES | CONFIGS)[name]
+    write_checkpoint(tmp_path, config, tensors_of(config))
+    llm = LLM(tmp_path, device="cpu", attention="naive", block_size=4)
+    c, requests = llm.config, [(1, 20), (1, 0), (9, 5), (7, 0)]
+    monkeypatch.setattr(model, "linear", lambda x, part: torch.nn.functional.linear(x, part.weight, part.bias))
+    chunks, at = [], 0
+    for n, past in requests:
+        chunks.append(Chunk([1] * n, past, list(range(at, at + 8))))
+        at += 8
+    with FlopCounterMode(display=False) as counter:
+        llm.model(make_batch(chunks, 4), llm.pool)
+    # The definition multiplies every query with every key of its request, seen or not.
+    seen = sum(min(past + i + 1, w or 10 ** 9) for w in c.windows for n, past in requests for i in range(n))
+    every = c.L * sum(n * (n + past) for n, past in requests)
+    cost = bench.step_cost(c, requests, 4)
+    assert cost.flops + 4 * c.H * c.D * (every - seen) == counter.get_total_flops()
+
+    matrices = [part.weight for kind, parts in llm.model.weights.items() for part in parts
+                if part.weight.dim() == 2 and kind not in ("embedding", "position")]
+    token = llm.pool.k_LKNSD[0, :, 0, 0].nbytes + llm.pool.v_LKNSD[0, :, 0, 0].nbytes
+    kv = sum(min(past, w or 10 ** 9) + 2 * n for w in c.windows for n, past in requests) * token
+    assert cost.bytes == sum(w.nbytes for w in matrices) + kv
+    assert bench.kv_bytes(c, 4) == c.L * token
+
+
+def test_estimate_reproduces_the_published_figures(capsys):
+    """LLaMA-2 7B on an A100: about one operation per byte in decode, 143 tokens/s, prefill over 100 times faster."""
+    assert bench.main(["estimate", "--model", "llama-2-7b", "--hardware", "a100"]) == 0
+    value = {row[0]: row[-1] for row in bench.TABLES[-1]["rows"]}
+    assert value["its intensity"] == "1.00 FLOP/B" and value["bound on TPS at batch 1"] == "143 tokens/s"
+    assert int(value["prefill over decode, per token"].split()[0]) > 100 and value["K and V per token"] == "512 KiB"
+    bench.main(["estimate", "--random", "llama-8b"])
+    value = {row[0]: row[-1] for row in bench.TABLES[-1]["rows"]}
+    assert (value["K and V per token"], value["the same without GQA"]) == ("128 KiB", "512 KiB")
+
+
+def test_crossover_is_where_operations_and_bytes_take_as_long():
+    c, machine = bench.config_of("llama-8b"), bench.HARDWARE["h100"]
+    B = int(bench.crossover(c, machine, 16, 2).split()[-1])
+    verdicts = [machine.verdict(bench.step_cost(c, [(1, 16)] * b, 2)) for b in (B - 2, B + 2)]
+    assert verdicts == ["memory", "compute"] and "no batch" in bench.crossover(c, machine, 8000, 2)
+
+
+@pytest.mark.parametrize("command", ["phases", "batch", "cache", "traffic --tokens 512", "serve"])
+def test_each_measurement_prints_a_narrow_table_and_writes_it_as_json(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr(bench, "TABLES", [])
+    assert bench.main([*command.split(), "--device", "cpu", "--json", str(tmp_path / "out.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["command"][1] == command.split()[0] and record["machine"] and record["versions"]["torch"] == torch.__version__
+    assert record["date"][:2] == "20" and record["tables"]
+    for table in record["tables"]:
+        header = next(line for line in lines if line.split() == " ".join(table["header"]).split())
+        assert len(header) <= 100 and all(len(row) == len(table["header"]) for row in table["rows"])
+        assert all(cell > 0 for row in table["rows"] for cell in row if not isinstance(cell, str))
+    assert max(map(len, lines[1:])) <= 100
+
+
+def test_static_batches_wait_for_their_longest_and_continuous_ones_do_not(lone):
+    folder, prompts, expected = lone["llama"]
+    requests = [(0.0, prompts[i % 2], n) for i, n in enumerate([3, 9, 2, 5, 4])]
+    for group in (0, 2):
+        llm, steps = LLM(folder, max_seqs=2, device="cpu"), []
+        step = llm.step
+
+        def watched():
+            outs = step()
+            steps.append([out.id for out in outs])
+            return outs
+        llm.step = watched
+        seen = bench.play(llm, requests, group)
+        assert len(seen["ttft"]) == 5 and len(seen["gap"]) == 3 + 9 + 2 + 5 + 4 - 5 and max(map(len, steps)) == 2
+        assert len(steps) == (9 + 5 + 4 if group else 9 + 4)   # the fifth request takes the place of the second
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--model", "/nowhere"], "/nowhere"), (["frobnicate"], "frobnicate"), (["--random", "gpt9"], "gpt9"),
+    (["--json", "/nowhere/file"], "/nowhere/file"), (["traffic", "--tokens", "0"], "--tokens"), (["--dtype", "int3"], "int3"),
+    (["--device", "abacus"], "abacus"), (["estimate", "--plot", "/nowhere/file"], "")])
+def test_bench_refuses_bad_input_in_one_sentence(capsys, arguments, words):
+    try:
+        code = bench.main(arguments)
+    except SystemExit as end:
+        code = end.code
+    out, err = capsys.readouterr()
+    assert code == 2 and words in err and err.count("\n") == 1 and "Traceback" not in err, err
 
 
 # ---------------------------------------------------------------------------------------------
