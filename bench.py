@@ -193,8 +193,8 @@ def measured_ceiling(device: torch.device, dtype: str) -> Ceiling:
     size = 2048 if device.type == "cpu" else 8192
     x_TE, weight = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in "xw")
     product = race_for(x_TE, weight) if device.type == "cpu" else lambda x, w: x @ w.T
-    product_seconds = min(clock(lambda: product(x_TE, weight), device) for _ in range(10))
-    return Ceiling(2 * size ** 3 / product_seconds, x.nbytes / min(clock(x.sum, device) for _ in range(10)))
+    product_seconds = min(clock(lambda: product(x_TE, weight), device) for _ in range(20))
+    return Ceiling(2 * size ** 3 / product_seconds, x.nbytes / min(clock(x.sum, device) for _ in range(30)))
 
 
 def clock(call, device: torch.device) -> float:
