@@ -43,7 +43,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 from kernels import Chunk, make_batch
-from model import DTYPES, Config, race_for, read_config
+from model import DTYPES, RACES, Config, race_for, read_config
 from nanoserve import LLM, SamplingParams, find_device
 
 
@@ -64,6 +64,7 @@ SHAPES = {
                         rope_theta=1e6),
 }
 SHAPES["llama-3-8b"] = SHAPES["llama-8b"]
+DEMO = Path(__file__).parent / "demo/llama"
 
 
 def config_of(shape: str) -> Config:
@@ -130,7 +131,9 @@ def save_plot(path: str, pyplot):
             axis.set(xlabel=header[x], xscale="log", yscale="log")
             axis.legend()
         else:
-            y = next(i for i, cell in enumerate(rows[0]) if not isinstance(cell, str))
+            y = next((i for i, cell in enumerate(rows[0]) if not isinstance(cell, str)), None)
+            if y is None:   # words only
+                continue
             axis.barh([row[0] for row in rows][::-1], [row[y] for row in rows][::-1])
             axis.set_xlabel(header[y])
     figure.tight_layout()
@@ -210,9 +213,13 @@ def clock(call, device: torch.device) -> float:
 
 
 def alternate(calls: list, device: torch.device, repeats: int = 3) -> list[float]:
-    """Median seconds of each call, run in turns after one warm-up, so that a noisy machine disturbs all alike."""
-    times = [[clock(call, device) for call in calls] for _ in range(repeats + 1)]
-    return [statistics.median(column) for column in zip(*times[1:])]
+    """Median seconds of each call, run in turns, so that a noisy machine disturbs all alike, once they are warm."""
+    for call in calls:
+        before = None
+        while before != (before := sum(len(race.waiting) for race in RACES.values())):   # until no race moves on
+            call()
+    times = [[clock(call, device) for call in calls] for _ in range(repeats)]
+    return [statistics.median(column) for column in zip(*times)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -222,8 +229,8 @@ class Lab:
     """A model on a device, as the arguments ask for, and what the machine could do."""
 
     def __init__(self, args: argparse.Namespace, ceiling: bool = True):
-        self.source = config_of(args.random) if args.random else Path(args.model)
-        self.name = args.random or "/".join(Path(args.model).parts[-2:])
+        self.source = config_of(args.random) if args.random else Path(args.model or DEMO)
+        self.name = args.random or "/".join(self.source.parts[-2:])
         self.args, self.config = args, self.source if args.random else read_config(self.source)
         if self.config.context < 256:
             raise ValueError(f"{self.name} has a context of {self.config.context}: the measurements need 256 at least")
@@ -249,21 +256,24 @@ class Lab:
     def prefill(self, B: int, T: int, repeats: int = 5) -> float:
         """Median seconds to the first tokens of B prompts of T tokens."""
         def run():
-            outs = self.llm.generate(self.prompts(B, T), SamplingParams(max_tokens=1, ignore_eos=True))
-            assert all(len(out.token_ids) == 1 for out in outs), outs[0].error
+            for out in self.llm.generate(self.prompts(B, T), SamplingParams(max_tokens=1, ignore_eos=True)):
+                if out.error:
+                    raise ValueError(f"{self.name}: {out.error}")
         return alternate([run], self.device, repeats)[0]
 
     def decode(self, B: int, context: int, steps: int = 24) -> float:
         """Median seconds of a decode step of B requests that have so many tokens, on average."""
-        start = max(1, context - steps // 2 - 12)
+        start = max(1, context - steps // 2 - 24)
         for prompt in self.prompts(B, start):
-            self.llm.add(prompt, SamplingParams(max_tokens=steps + 24, ignore_eos=True))
+            self.llm.add(prompt, SamplingParams(max_tokens=self.config.context, ignore_eos=True))
         while any(request.pending > 1 for request in self.llm.requests.values()):
             self.llm.step()
-        seconds = [clock(self.llm.step, self.device) for _ in range(steps + 20)]
-        while self.llm.requests:
-            self.llm.step()
-        return statistics.median(seconds[20:])   # the first ones compile, record or race
+        seconds = [clock(self.llm.step, self.device) for _ in range(steps + 24)]
+        if len(self.llm.requests) < B:
+            raise ValueError(f"{self.name}: a request ended before the measurement did, for its context or its logits")
+        for request_id in list(self.llm.requests):
+            self.llm.abort(request_id)
+        return statistics.median(seconds[24:])   # the first ones compile, record or race
 
 
 def machine(device: torch.device) -> str:
@@ -331,8 +341,8 @@ def crossover(c: Config, ceiling: Ceiling, context: int, itemsize: int) -> str:
     flops, each = two.flops - one.flops, two.bytes - one.bytes        # per request
     balance = ceiling.peak / ceiling.bandwidth
     if flops <= balance * each:
-        return (f"compute-bound at no batch, as a request's own K and V ask for {flops / each:.0f} operations per byte "
-                f"and the machine's balance is {balance:.0f}")
+        return (f"compute-bound at no batch, as a request brings {flops / each:.0f} operations per byte of its own K and "
+                f"V and the machine's balance is {balance:.0f}")
     return f"compute-bound at batch {balance * (one.bytes - each) / (flops - balance * each):.0f}"
 
 
@@ -357,7 +367,10 @@ def cache(args: argparse.Namespace):
 def traffic(args: argparse.Namespace):
     """The bytes of one head's attention: intermediates written and read, against tiles that never leave the chip."""
     device, d, rows = find_device(args.device), args.head_dim, []
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    name = ("float32" if device.type == "cpu" else "bfloat16") if args.dtype == "auto" else args.dtype
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not supported: use auto, {', '.join(DTYPES)}")
+    dtype = DTYPES[name]
     for T in sorted({args.tokens // 8, args.tokens // 2, args.tokens}):
         progress(f"attention over {T} tokens")
         naive, tiled = 8 * T * T + 8 * T * d, 8 * T * d
@@ -381,9 +394,9 @@ HARDWARE = {   # the makers' data sheets: dense operations per second in bfloat1
 
 def estimate(args: argparse.Namespace):
     """What a model must cost on a machine, on paper, each formula with its numbers in it."""
-    path = Path(args.model)
-    c = config_of(args.random or str(args.model)) if args.random or str(args.model) in SHAPES else read_config(
-        path.parent if path.name == "config.json" else path)
+    name = args.random or args.model or "llama-3-8b"
+    path = Path(name)
+    c = config_of(name) if name in SHAPES else read_config(path.parent if path.name == "config.json" else path)
     m = measured_ceiling(torch.device("cpu"), "bfloat16") if args.hardware == "cpu" else HARDWARE[args.hardware]
     T, weights, head = min(args.context, c.context), layer_weights(c), c.V * c.E
     P, kv = weights + head, kv_bytes(c, 2)
@@ -411,11 +424,11 @@ def estimate(args: argparse.Namespace):
         ["prefill tokens/s", f"{T} / {ttft * 1e3:.1f} ms", f"{T / ttft:,.0f}"],
         ["prefill over decode, per token", f"{T / ttft:,.0f} / {tps:.0f}", f"{T / ttft / tps:.0f} times"],
     ]
-    print_table(f"{args.random or args.model} in bfloat16 on {args.hardware}, {T} tokens of context, on paper",
+    print_table(f"{name} in bfloat16 on {args.hardware}, {T} tokens of context, on paper",
                 ["", "formula", "value"], rows,
                 f"Decode at batch 1 is {m.verdict(decode)}-bound, a prompt of {T} {m.verdict(prefill)}-bound. Decode "
                 f"with {T} tokens of context each turns {crossover(c, m, T, 2)}; with next to none, "
-                f"{crossover(c, m, 1, 2)}.")
+                f"{crossover(c, m, 1, 2)}." + " Values count sliding windows, formulas do not." * any(c.windows))
 
 
 def play(llm: LLM, requests: list[tuple[float, list[int], int]], group: int = 0) -> dict[str, list[float]]:
@@ -480,7 +493,7 @@ def serve(args: argparse.Namespace):
     compare("Eight at a time, arriving one by one (Poisson)", ways, lambda: crowd(pace),
             "They come as fast as continuous batching can serve them. gap: between two tokens of a request.")
 
-    few = {f"chunks of {n}": (lab.engine(max_batched_tokens=n), 0) for n in (64, context)}
+    few = {f"chunks of {n}": (lab.engine(max_batched_tokens=n), 0) for n in (min(64, (context - 200) // 4), context)}
     compare(f"A prompt of {context - 200} tokens arrives among six that are decoding", few,
             lambda: [(0.0, prompt, 100) for prompt in lab.prompts(6, 16)] + [(0.05, *lab.prompts(1, context - 200), 8)],
             "In one piece, the long prompt stops everybody for as long as it takes; in chunks, it takes turns.")
@@ -619,15 +632,14 @@ def cpu(args: argparse.Namespace):
         if shape == "llama-135m":
             lens, new = [[random.randint(8, most) for _ in range(32)] for most in (128, 96)]
             row(f"{name}: 32 mixed requests", c, systems, lens, new, dtype, decode=False, repeats=1)
-    demo = Path(__file__).parent / "demo/llama"
-    ours = Ours(demo, "auto")
+    ours = Ours(DEMO, "auto")
     row(f"demo/llama {ours.llm.dtype}: decode, batch 1", ours.llm.config,
-        [ours] + ([Theirs(demo, ours.llm.dtype)] if theirs else []), [8], [201], ours.llm.dtype)
+        [ours] + ([Theirs(DEMO, ours.llm.dtype)] if theirs else []), [8], [201], ours.llm.dtype)
     print_table("Tokens per second, random weights",
                 ["", "nanoserve", "reached", "% of ceiling", "transformers", "ratio"], rows,
                 "Decode reads every weight once per step and is held against the memory's bandwidth; prefill "
-                "multiplies and is held against the product. Mixed: 8 to 128 tokens in, 8 to 96 out, and the tokens that "
-                "come out per second.")
+                "multiplies and is held against the product. Mixed: 8 to 128 tokens in, 8 to 96 out, and tokens out "
+                "per second.")
 
     rows, c = [], config_of("llama-135m")
     for dtype in ("float32", "bfloat16"):
@@ -868,8 +880,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.error = lambda message: parser.exit(2, f"bench.py: {message}; see --help\n")
     add = parser.add_argument
     add("command", nargs="?", default="phases", choices=COMMANDS, metavar="command", help=f"{', '.join(COMMANDS)}")
-    add("--model", default=str(Path(__file__).parent / "demo/llama"), metavar="DIR",
-        help="a checkpoint folder (default: demo/llama); for estimate also a config.json or a known name")
+    add("--model", metavar="DIR", help="a checkpoint folder (default: demo/llama); for estimate also a config.json or "
+        "a known name (default: llama-3-8b)")
     add("--random", choices=SHAPES, metavar="NAME", help=f"random weights of a known shape: {', '.join(SHAPES)}")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
@@ -889,21 +901,33 @@ def main(argv: list[str] | None = None) -> int:
             pyplot = import_module("matplotlib.pyplot") if args.plot else None
         except ImportError:
             raise ValueError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
-        for path in filter(None, (args.json, args.plot)):   # now rather than after minutes of work
-            try:
-                open(path, "a").close()
-            except OSError as error:
-                raise ValueError(f"{path} cannot be written ({error.strerror}): name another file") from None
         if args.plot and args.command == "estimate":
             raise ValueError("a table of formulas cannot be drawn: leave --plot out")
+        device = find_device("cpu" if args.command == "cpu" or args.command == "estimate" else args.device)
+        for path in map(Path, filter(None, (args.json, args.plot))):   # now rather than after minutes of work
+            new = not path.exists()
+            try:
+                path.open("a").close()
+            except OSError as error:
+                raise ValueError(f"{path} cannot be written ({error.strerror}): name another file") from None
+            if new:
+                path.unlink()
         COMMANDS[args.command](args)
         if args.json:
-            save_json(args.json, sys.argv if argv is None else ["bench.py", *argv], find_device(args.device))
+            save_json(args.json, sys.argv if argv is None else ["bench.py", *argv], device)
         if args.plot:
             save_plot(args.plot, pyplot)
-    except ValueError as error:
+    except (ValueError, OSError, RuntimeError) as error:
         progress("")
-        print(f"bench.py: {error}", file=sys.stderr)
+        text = str(error).split("\n")[0]
+        if isinstance(error, RuntimeError):
+            if "memory" not in text:
+                raise
+            text = f"out of memory ({text}): take a smaller model, dtype or number of tokens"
+        elif isinstance(error, OSError):   # nobody reads any more, or the disk is full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            text = f"the output could not be written ({error.strerror}): send it elsewhere"
+        print(f"bench.py: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nbench.py: interrupted", file=sys.stderr)

@@ -255,7 +255,7 @@ class Part:
     """One weight of the model: [out, in], or [out] for a norm, and its bias [out] or None."""
     weight: Tensor
     bias: Tensor | None = None
-    ways: dict = field(default_factory=dict)   # rows -> how to multiply so many by it, on a CPU, once that is known
+    ways: dict = field(default_factory=dict)   # how to multiply so many rows by it (bits of rows - 1), once known
 
 
 class Checkpoint:
@@ -475,12 +475,13 @@ class Model:
 def linear(x_TE: Tensor, part: Part) -> Tensor:
     """x W^T + b. On a CPU it is computed in whichever way wins the race, and may be transposed in memory."""
     rows, weight, bias = x_TE.shape[0], part.weight, part.bias
-    way = part.ways.get(rows)
+    size = (rows - 1).bit_length()
+    way = part.ways.get(size)
     if not way:
-        if x_TE.device.type != "cpu":
+        if not rows or x_TE.device.type != "cpu":   # no rows: a step of prompt chunks alone wants no logits
             return F.linear(x_TE, weight, bias)
         race = race_for(x_TE, weight)
-        way = part.ways[rows] = race.best
+        way = part.ways[size] = race.best
     out = way(x_TE, weight) if way else race(x_TE, weight)
     return out if bias is None else out.add_(bias)
 

@@ -560,6 +560,7 @@ def test_every_way_to_multiply_gives_the_same_product(poisoned, rows, inputs, ou
     x, weight, bias = (torch.from_numpy(rng.standard_normal(shape)).to(dtype)
                        for shape in ((rows, inputs), (outputs, inputs), (outputs,)))
     expected, tolerance = x.double().numpy() @ weight.double().numpy().T, 1e-5 if dtype == torch.float32 else 2e-2
+    x = x.T.contiguous().T if seed % 2 else x   # some ways leave their results transposed
     for way in model.ways_to_multiply(rows, weight):
         np.testing.assert_allclose(way(x, weight).double(), expected, rtol=tolerance, atol=tolerance * inputs ** 0.5)
     for bias_ in (None, bias):   # the trials of a race are right as well
@@ -567,6 +568,17 @@ def test_every_way_to_multiply_gives_the_same_product(poisoned, rows, inputs, ou
             out = model.linear(x, model.Part(weight, bias_)).double().numpy()
             np.testing.assert_allclose(out, expected + (0 if bias_ is None else bias.double().numpy()),
                                        rtol=tolerance, atol=2 * tolerance * inputs ** 0.5)
+
+
+def test_steps_without_logits_do_not_choose_how_the_head_multiplies(lone, monkeypatch):
+    monkeypatch.setattr(model, "RACES", {})
+    folder, prompts, expected = lone["llama"]
+    llm = LLM(folder, max_batched_tokens=2, device="cpu", dtype="float32")
+    i = llm.add(max(prompts, key=len), SamplingParams(max_tokens=1))
+    llm.step()
+    head = llm.model.weights["head"][0].weight
+    assert model.RACES and not any(kind[0] == head.shape for kind in model.RACES)
+    llm.abort(i)
 
 
 def test_the_fastest_way_stays():
@@ -1512,14 +1524,15 @@ def test_static_batches_wait_for_their_longest_and_continuous_ones_do_not(lone):
 @pytest.mark.parametrize("arguments, words", [
     (["--model", "/nowhere"], "/nowhere"), (["frobnicate"], "frobnicate"), (["--random", "gpt9"], "gpt9"),
     (["--json", "/nowhere/file"], "/nowhere/file"), (["traffic", "--tokens", "0"], "--tokens"), (["--dtype", "int3"], "int3"),
-    (["--device", "abacus"], "abacus"), (["estimate", "--plot", "/nowhere/file"], "")])
+    (["--device", "abacus"], "abacus"), (["estimate", "--plot", "/nowhere/file"], "cannot be drawn|matplotlib"),
+    (["traffic", "--tokens", "9000000"], "out of memory"), (["traffic", "--dtype", "int8"], "int8")])
 def test_bench_refuses_bad_input_in_one_sentence(capsys, arguments, words):
     try:
         code = bench.main(arguments)
     except SystemExit as end:
         code = end.code
     out, err = capsys.readouterr()
-    assert code == 2 and words in err and err.count("\n") == 1 and "Traceback" not in err, err
+    assert code == 2 and re.search(words, err) and err.count("\n") == 1 and "Traceback" not in err, err
 
 
 # ---------------------------------------------------------------------------------------------
