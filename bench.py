@@ -341,8 +341,8 @@ def crossover(c: Config, ceiling: Ceiling, context: int, itemsize: int) -> str:
     flops, each = two.flops - one.flops, two.bytes - one.bytes        # per request
     balance = ceiling.peak / ceiling.bandwidth
     if flops <= balance * each:
-        return (f"compute-bound at no batch, as a request brings {flops / each:.0f} operations per byte of its own K and "
-                f"V and the machine's balance is {balance:.0f}")
+        return (f"compute-bound at no batch, as a request brings {flops / each:.0f} operations per byte of its K and V "
+                f"and the machine's balance is {balance:.0f}")
     return f"compute-bound at batch {balance * (one.bytes - each) / (flops - balance * each):.0f}"
 
 
