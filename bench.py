@@ -127,7 +127,7 @@ def save_plot(path: str, pyplot):
         if table["plot"]:
             x, *ys = (header.index(name) for name in table["plot"])
             for y in ys:
-                axis.plot([row[x] for row in rows], [row[y] for row in rows], "o-", label=header[y])
+                axis.plot(*zip(*sorted((row[x], row[y]) for row in rows)), "o-", label=header[y])
             axis.set(xlabel=header[x], xscale="log", yscale="log")
             axis.legend()
         else:

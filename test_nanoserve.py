@@ -32,7 +32,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import kernels
@@ -1448,6 +1447,7 @@ def test_help_names_every_option(capsys):
 def test_operations_and_bytes_equal_what_torch_counts(tmp_path, monkeypatch, name):
     config = (FAMILIES | CONFIGS)[name]
     write_checkpoint(tmp_path, config, tensors_of(config))
+    from torch.utils.flop_counter import FlopCounterMode   # imports Triton, which kernels.py must set up first
     llm = LLM(tmp_path, device="cpu", attention="naive", block_size=4)
     c, requests = llm.config, [(1, 20), (1, 0), (9, 5), (7, 0)]
     monkeypatch.setattr(model, "linear", lambda x, part: torch.nn.functional.linear(x, part.weight, part.bias))
