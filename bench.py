@@ -32,6 +32,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -234,6 +235,7 @@ class Lab:
         self.args, self.config = args, self.source if args.random else read_config(self.source)
         if self.config.context < 256:
             raise ValueError(f"{self.name} has a context of {self.config.context}: the measurements need 256 at least")
+        self.dtype = args.dtype
         self.llm = self.engine()
         self.dtype, self.device = self.llm.dtype, self.llm.device
         self.itemsize = DTYPES[self.dtype].itemsize
@@ -246,12 +248,10 @@ class Lab:
 
     def engine(self, **options) -> LLM:
         """Another LLM of the same model. Each prompt is new to it unless prefix_cache is asked for."""
-        options = dict(prefix_cache=False, max_seqs=32) | options
-        dtype = self.dtype if hasattr(self, "dtype") else self.args.dtype
-        return LLM(self.source, self.args.device, dtype, **options)
+        return LLM(self.source, self.args.device, self.dtype, **dict(prefix_cache=False, max_seqs=32) | options)
 
     def prompts(self, B: int, T: int) -> list[list[int]]:
-        return [[random.randrange(self.config.V) for _ in range(T)] for _ in range(B)]
+        return random_prompts(self.config, [T] * B)
 
     def prefill(self, B: int, T: int, repeats: int = 5) -> float:
         """Median seconds to the first tokens of B prompts of T tokens."""
@@ -261,19 +261,24 @@ class Lab:
                     raise ValueError(f"{self.name}: {out.error}")
         return alternate([run], self.device, repeats)[0]
 
-    def decode(self, B: int, context: int, steps: int = 24) -> float:
-        """Median seconds of a decode step of B requests that have so many tokens, on average."""
-        start = max(1, context - steps // 2 - 24)
-        for prompt in self.prompts(B, start):
-            self.llm.add(prompt, SamplingParams(max_tokens=self.config.context, ignore_eos=True))
-        while any(request.pending > 1 for request in self.llm.requests.values()):
-            self.llm.step()
-        seconds = [clock(self.llm.step, self.device) for _ in range(steps + 24)]
-        if len(self.llm.requests) < B:
-            raise ValueError(f"{self.name}: a request ended before the measurement did, for its context or its logits")
-        for request_id in list(self.llm.requests):
-            self.llm.abort(request_id)
-        return statistics.median(seconds[24:])   # the first ones compile, record or race
+
+def random_prompts(c: Config, lens: list[int]) -> list[list[int]]:
+    return [[random.randrange(c.V) for _ in range(n)] for n in lens]
+
+
+def decode_seconds(llm: LLM, B: int, context: int, steps: int = 24) -> float:
+    """Median seconds of a decode step of B requests that have so many tokens, on average."""
+    for prompt in random_prompts(llm.config, [max(1, context - steps // 2 - 24)] * B):
+        llm.add(prompt, SamplingParams(max_tokens=llm.config.context, ignore_eos=True))
+    while any(request.pending > 1 for request in llm.requests.values()):
+        llm.step()
+    seconds = [clock(llm.step, llm.device) for _ in range(steps + 24)]
+    if len(llm.requests) < B:
+        raise ValueError("a request ended before its measurement did: its context is too short, or its logits are not "
+                         "finite")
+    for request_id in list(llm.requests):
+        llm.abort(request_id)
+    return statistics.median(seconds[24:])   # the first ones compile, record or race
 
 
 def machine(device: torch.device) -> str:
@@ -300,7 +305,7 @@ def phases(args: argparse.Namespace):
         if phase == "prefill":
             seconds, cost, tokens = lab.prefill(B, T), step_cost(lab.config, [(T, 0)] * B, lab.itemsize), B * T
         else:
-            seconds, cost, tokens = lab.decode(B, T), step_cost(lab.config, [(1, T)] * B, lab.itemsize), B
+            seconds, cost, tokens = decode_seconds(lab.llm, B, T), step_cost(lab.config, [(1, T)] * B, lab.itemsize), B
         rows.append([f"{phase} {B} x {T}", seconds * 1e3, tokens / seconds, cost.flops / 1e6, cost.bytes / 1e6,
                      cost.flops / cost.bytes, cost.flops / seconds / lab.ceiling.peak * 100,
                      cost.bytes / seconds / lab.ceiling.bandwidth * 100, lab.ceiling.verdict(cost)])
@@ -320,7 +325,7 @@ def batch(args: argparse.Namespace):
     sizes = [1, 2, 4, 8, 16, 32]
     for B in sizes:
         progress(f"decode: {B} x {context}")
-        seconds = lab.decode(B, context)
+        seconds = decode_seconds(lab.llm, B, context)
         floor = lab.ceiling.seconds(step_cost(c, [(1, context)] * B, lab.itemsize))
         rows.append([B, seconds * 1e3, B / seconds, 1 / seconds, floor * 1e3, floor / seconds * 100])
     knee = next((row[0] for row in rows if row[1] > 2 * rows[0][1]), None)
@@ -346,14 +351,14 @@ def crossover(c: Config, ceiling: Ceiling, context: int, itemsize: int) -> str:
     return f"compute-bound at batch {balance * (one.bytes - each) / (flops - balance * each):.0f}"
 
 
-def cache(args: argparse.Namespace):
+def kv_cache(args: argparse.Namespace):
     """A token's cost with the KV cache, and with the whole prefix computed again."""
     lab, rows, total = Lab(args, ceiling=False), [], [0.0, 0.0]
     most = min(lab.config.context - 64, 1024)
     before = (0, 0.0, 0.0)
     for T in [n for n in (32, 64, 128, 256, 512, 1024) if n < most] + [most]:
         progress(f"a token at position {T}")
-        now = (T, lab.decode(1, T, 12), lab.prefill(1, T, 3))
+        now = (T, decode_seconds(lab.llm, 1, T, 12), lab.prefill(1, T, 3))
         total = [s + (now[0] - before[0]) * (now[i] + (before[i] or now[i])) / 2 for i, s in enumerate(total, 1)]
         rows.append([T, now[1] * 1e3, now[2] * 1e3, now[2] / now[1], *total, total[1] / total[0]])
         before = now
@@ -440,7 +445,9 @@ def play(llm: LLM, requests: list[tuple[float, list[int], int]], group: int = 0)
     seen, begin = {"tokens/s": [], "ttft": [], "gap": []}, time.perf_counter()
     while waiting or llm.requests:
         now, free = time.perf_counter() - begin, group or len(waiting)
-        while waiting and waiting[0][0] <= now and free and not (group and llm.requests and free == group):
+        if group and llm.requests:
+            free = 0
+        while free and waiting and waiting[0][0] <= now:
             start, prompt, new = waiting.pop(0)
             arrival[llm.add(prompt, SamplingParams(max_tokens=new, ignore_eos=True))] = start
             free -= 1
@@ -542,6 +549,7 @@ class Ours:
         assert [len(out.token_ids) for out in outs] == new, [out.error for out in outs]
 
 
+@cache
 def transformers():
     """The package, or None."""
     try:
@@ -608,7 +616,7 @@ def cpu(args: argparse.Namespace):
 
     def row(name, c, systems, lens, new, dtype, decode=True, repeats=3):
         progress(name)
-        prompts, one = [[random.randrange(c.V) for _ in range(n)] for n in lens], len(lens) == 1 and not decode
+        prompts, one = random_prompts(c, lens), len(lens) == 1 and not decode
         rates = tokens_per_second(systems, prompts, new, decode, repeats)
         rates = [rate * (lens[0] if one else 1) for rate in rates]    # a prefill is quoted by the prompt's tokens
         chunks = [(lens[0], 0)] if one else [(1, n + m // 2) for n, m in zip(lens, new)]
@@ -645,11 +653,7 @@ def cpu(args: argparse.Namespace):
     for dtype in ("float32", "bfloat16"):
         llm, seconds = LLM(c, "cpu", dtype, prefix_cache=False, max_seqs=1), {}
         for context in (128, 4096, 128, 4096):   # the first two also let the races run
-            llm.add([1] * context, SamplingParams(max_tokens=42, ignore_eos=True))
-            steps = []
-            while llm.requests:
-                steps.append(clock(llm.step, device))
-            seconds[context] = statistics.median(steps[-40:])
+            seconds[context] = decode_seconds(llm, 1, context, 40)
         extra = seconds[4096] - seconds[128]
         floor = 3968 * kv_bytes(c, DTYPES[dtype].itemsize) / bandwidth
         rows.append([dtype, *(x * 1000 for x in (seconds[128], seconds[4096], extra, floor)), extra / floor])
@@ -870,8 +874,8 @@ def kernels_command(args: argparse.Namespace):
         show_compiled()
 
 
-COMMANDS = {"phases": phases, "batch": batch, "cache": cache, "traffic": traffic, "estimate": estimate, "serve": serve,
-            "cpu": cpu, "kernels": kernels_command}
+COMMANDS = {"phases": phases, "batch": batch, "cache": kv_cache, "traffic": traffic, "estimate": estimate,
+            "serve": serve, "cpu": cpu, "kernels": kernels_command}
 
 
 def main(argv: list[str] | None = None) -> int:

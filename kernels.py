@@ -174,7 +174,7 @@ def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
     A decode is one row of queries per KV head, and what it costs is reading K and V once: where a request's blocks
     are neighbours they are one view [K, keys, D], read in place. A prefill is a call per chunk.
     """
-    (T, H, D), K, outs = q_THD.shape, len(k_KNSD), []
+    (_, H, D), K, outs = q_THD.shape, len(k_KNSD), []
     for keys in plan_torch(batch, k_KNSD, window, slopes_H):
         k_BKTD, v_BKTD = keys.take(k_KNSD, 0), keys.take(v_KNSD, 1)
         q_TKGD = q_THD[keys.rows].view(-1, K, H // K, D)

@@ -36,8 +36,7 @@ from torch import Tensor
 
 import kernels
 from kernels import Chunk, make_batch
-from model import (DTYPES, Config, Model, Part, linear, load_tokenizer, load_weights, race_for, random_weights,
-                   read_config)
+from model import DTYPES, Config, Model, load_tokenizer, load_weights, race_for, random_weights, read_config
 from paged_kv import BlockTable, KVPool
 
 
@@ -521,12 +520,13 @@ def choose_dtype(c: Config, device: torch.device) -> tuple[str, str]:
         return stored, "as stored"
     seconds = {}
     for name in (stored, "float32"):
-        part = Part(torch.randn(min(c.I, 2048), min(c.E, 2048)).to(DTYPES[name]))
+        weight = torch.randn(min(c.I, 2048), min(c.E, 2048)).to(DTYPES[name])
         seconds[name] = 0.0
         for rows in (1, 64):
-            x = torch.randn(rows, part.weight.shape[1]).to(DTYPES[name])
-            while not (race := race_for(x, part.weight)).best:
-                linear(x, part)
+            x = torch.randn(rows, weight.shape[1]).to(DTYPES[name])
+            race = race_for(x, weight)
+            while not race.best:
+                race(x, weight)
             seconds[name] += min(race.seconds.values()) / rows
     best, other = sorted(seconds, key=seconds.get)
     return best, f"{seconds[other] / seconds[best]:.1f} times as fast as {other} here"

@@ -1325,6 +1325,13 @@ def run(*arguments, stdin=b"", **more):
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
+def exit_code(main, arguments):
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        return end.code
+
+
 def test_the_readme_command_writes_a_story(tmp_path):
     code, out, err = run("--prompt", "The cat sat", cwd=tmp_path)
     assert code == 0 and re.fullmatch(
@@ -1373,10 +1380,7 @@ def test_in_a_batch_only_the_prompt_at_fault_ends():
     (["--prompts-file", "/nowhere/prompts"], "/nowhere/prompts"), (["--prompt", "x", "--prompts-file", "/"], "/"), (["--pompt", "x"], "--pompt"),
 ])
 def test_bad_input_ends_in_one_sentence_and_a_non_zero_exit(capfd, arguments, words):
-    try:
-        code = nanoserve.main(arguments)
-    except SystemExit as end:
-        code = end.code
+    code = exit_code(nanoserve.main, arguments)
     out, err = capfd.readouterr()
     assert code == 2 and out == "" and err.count("\n") == 1 and words in err, err
 
@@ -1527,10 +1531,7 @@ def test_static_batches_wait_for_their_longest_and_continuous_ones_do_not(lone):
     (["--device", "abacus"], "abacus"), (["estimate", "--plot", "/nowhere/file"], "cannot be drawn|matplotlib"),
     (["traffic", "--tokens", "9000000"], "out of memory"), (["traffic", "--dtype", "int8"], "int8")])
 def test_bench_refuses_bad_input_in_one_sentence(capsys, arguments, words):
-    try:
-        code = bench.main(arguments)
-    except SystemExit as end:
-        code = end.code
+    code = exit_code(bench.main, arguments)
     out, err = capsys.readouterr()
     assert code == 2 and re.search(words, err) and err.count("\n") == 1 and "Traceback" not in err, err
 
