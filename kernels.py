@@ -29,7 +29,8 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from dataclasses import dataclass, field
+from array import array
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -64,20 +65,21 @@ def load_triton():
     INTERPRETED = not isinstance(tl.zeros, triton.JITFunction)
     for function in KERNELS:   # index tensors are views at any offset: that must not compile a kernel anew
         globals()[function.__name__] = triton.jit(
-            function, do_not_specialize=["table_stride"],
-            do_not_specialize_on_alignment=["tables_ptr", "query_starts_ptr", "kv_lens_ptr", "slots_ptr"])
+            function, do_not_specialize_on_alignment=["tables_ptr", "query_starts_ptr", "kv_lens_ptr", "slots_ptr"])
     return triton
 
 
 # ---------------------------------------------------------------------------------------------
 # What one step looks like to the model and the kernels
 
-class Chunk(NamedTuple):
+@dataclass(slots=True)
+class Chunk:
     """Consecutive tokens of one request: a prompt, a piece of one, or the one token of a decode."""
     tokens: list[int]
     start: int          # position of tokens[0] in its request
     blocks: list[int]   # the request's block table, covering at least start + len(tokens) tokens
     logits: int = 1     # how many of its last tokens want logits
+    row: int = 0        # where the device holds that block table, among all of them
 
 
 @dataclass
@@ -94,39 +96,46 @@ class Batch:
     slots_T: Tensor            # where its K and V go: block * S + offset; -1: nowhere
     query_starts: Tensor       # [B + 1], request b owns rows query_starts[b]:query_starts[b + 1]
     kv_lens: Tensor            # [B], tokens that request b can look back on, its chunk included
+    table_rows: Tensor         # [B], request b has block table block_tables_RM[table_rows[b]]
     logit_rows: Tensor         # the rows whose logits are wanted, request by request
-    block_tables_BM: Tensor    # each request's blocks, padded with 0
-    rows: list[slice]          # query_starts, for Python
+    block_tables_RM: Tensor    # on the device, whoever runs in this step; what lies behind a table's end is not read
+    chunks: list[Chunk]
+    starts: list[int]          # query_starts, for Python
     lens: list[int]            # kv_lens, for Python
-    blocks: list[list[int]]    # block_tables, for Python
     num_decodes: int
     plans: dict = field(default_factory=dict)  # what a launcher worked out once for all layers
 
 
-def make_batch(chunks: list[Chunk], block_size: int, device: torch.device | str = "cpu", width: int = 1) -> Batch:
+def make_batch(chunks: list[Chunk], block_size: int, device: torch.device | str = "cpu",
+               block_tables_RM: Tensor | None = None) -> Batch:
     """Flatten chunks into the index tensors of one step; decodes must come before longer chunks.
 
-    The block tables get at least `width` columns.
+    block_tables_RM: the tables as the device holds them (chunk.row says where); None: they are made from chunk.blocks.
     """
-    S = block_size
-    tokens, positions, slots, logit_rows, rows, lens = [], [], [], [], [], []
-    for tokens_, start, blocks, logits in chunks:
-        stop = start + len(tokens_)
-        rows.append(slice(len(tokens), len(tokens) + len(tokens_)))
-        logit_rows += range(rows[-1].stop - logits, rows[-1].stop)
-        tokens += tokens_
-        positions += range(start, stop)
-        slots += [blocks[t // S] * S + t % S for t in range(start, stop)] if blocks else [-1]
-        lens.append(stop if blocks else 0)
-    num_decodes = next((i for i, c in enumerate(chunks) if len(c.tokens) > 1), len(chunks))
-    assert all(len(c.tokens) > 1 for c in chunks[num_decodes:]), "decodes come first"
-    width = max(width, *(len(c.blocks) for c in chunks))
-    tables = [block for c in chunks for block in c.blocks + [0] * (width - len(c.blocks))]
-    parts = tokens, positions, slots, [0] + [r.stop for r in rows], lens, logit_rows, tables
-    memory = torch.tensor([value for part in parts for value in part]).to(device)
-    views = memory.split([len(part) for part in parts])
-    return Batch(memory, *views[:-1], views[-1].view(len(chunks), width), rows, lens, [c.blocks for c in chunks],
-                 num_decodes)
+    if block_tables_RM is None:
+        tables = [chunk.blocks for chunk in chunks]
+        width = max(1, *map(len, tables))
+        block_tables_RM = torch.tensor([table + [0] * (width - len(table)) for table in tables]).to(device)
+        chunks = [replace(chunk, row=row) for row, chunk in enumerate(chunks)]
+    S, n = block_size, sum(len(chunk.tokens) == 1 for chunk in chunks)
+    decodes, prompts = chunks[:n], chunks[n:]
+    assert all(len(chunk.tokens) > 1 for chunk in prompts), "decodes come first"
+    tokens = [chunk.tokens[0] for chunk in decodes]
+    positions = [chunk.start for chunk in decodes]
+    slots = [chunk.blocks[t // S] * S + t % S if chunk.blocks else -1 for chunk, t in zip(decodes, positions)]
+    logit_rows = [row for row, chunk in enumerate(decodes) if chunk.logits]
+    lens = [chunk.start + 1 if chunk.blocks else 0 for chunk in decodes]
+    starts = list(range(n + 1))
+    for chunk in prompts:
+        lens.append(chunk.start + len(chunk.tokens))
+        tokens += chunk.tokens
+        positions += range(chunk.start, lens[-1])
+        slots += [chunk.blocks[t // S] * S + t % S for t in range(chunk.start, lens[-1])]
+        logit_rows += range(len(tokens) - chunk.logits, len(tokens))
+        starts.append(len(tokens))
+    parts = tokens, positions, slots, starts, lens, [chunk.row for chunk in chunks], logit_rows
+    memory = torch.frombuffer(array("q", sum(parts, [])), dtype=torch.int64).to(device)
+    return Batch(memory, *memory.split(list(map(len, parts))), block_tables_RM, chunks, starts, lens, n)
 
 
 PADDING = Chunk([0], 0, [])   # a request that owns nothing and writes nowhere, to fill up a captured graph
@@ -145,7 +154,9 @@ def attention_naive(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
     """
     out_THD = torch.empty_like(q_THD)
     G = q_THD.shape[1] // k_KNSD.shape[0]
-    for rows, kv_len, table in zip(batch.rows, batch.lens, batch.block_tables_BM):
+    for b, kv_len in enumerate(batch.lens):
+        rows = slice(batch.starts[b], batch.starts[b + 1])
+        table = batch.block_tables_RM[batch.chunks[b].row, :-(-kv_len // k_KNSD.shape[2])]
         distance = batch.positions_T[rows, None] - torch.arange(kv_len, device=q_THD.device)
         seen = (distance >= 0) & (distance < (window or kv_len))
         for h in range(q_THD.shape[1]):
@@ -218,36 +229,38 @@ def plan_torch(batch: Batch, k_KNSD: Tensor, window: int | None, slopes_H: Tenso
     if ("torch", window) in batch.plans:
         return batch.plans["torch", window]
     (K, N, S, D), device, n = k_KNSD.shape, k_KNSD.device, batch.num_decodes
-    firsts, runs, calls = [], [], []
-    for b, (rows, length, blocks) in enumerate(zip(batch.rows, batch.lens, batch.blocks)):
-        first = max(0, length - (rows.stop - rows.start) + 1 - window) if window else 0   # the first key that it sees
-        blocks = blocks[first // S:-(-length // S)]
-        slot, seen = blocks[0] * S + first % S, length - first
-        neighbours = blocks == list(range(blocks[0], blocks[0] + len(blocks)))
-        alone = b >= n or neighbours and 2 * seen * K * D * k_KNSD.element_size() > IN_PLACE
-        firsts.append(first)
-        runs.append(slice(slot, slot + seen) if neighbours else None)
-        calls.append(-b if alone else max(7, seen.bit_length()))   # equal for requests that share a call
+    # The first key that each request sees, and how many.
+    firsts = [max(0, chunk.start + 1 - window) if window else 0 for chunk in batch.chunks]
+    counts = [stop - first for first, stop in zip(firsts, batch.lens)]
 
-    plan = batch.plans["torch", window] = []
-    for _, members in itertools.groupby(range(len(calls)), calls.__getitem__):
-        b, *others = members
-        stop, decodes, run, slots_BKT, copies, mask = b + 1 + len(others), b < n, runs[b], None, None, None
-        rows = slice(batch.rows[b].start, batch.rows[stop - 1].stop)
+    def run(b: int) -> slice | None:
+        """Its keys as a slice of the pool's slots, if its blocks are neighbours."""
+        blocks, slot = batch.chunks[b].blocks[firsts[b] // S:-(-batch.lens[b] // S)], firsts[b] % S
+        if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
+            return slice(blocks[0] * S + slot, blocks[0] * S + slot + counts[b])
+
+    long, plan = IN_PLACE // (2 * K * D * k_KNSD.element_size()), []
+    calls = [-b if b >= n or count > long and run(b) else max(7, count.bit_length()) for b, count in enumerate(counts)]
+    for _, (b, *others) in itertools.groupby(range(len(calls)), calls.__getitem__):   # equal: they share a call
+        stop, decodes, slots_BKT, copies, mask = b + 1 + len(others), b < n, None, None, None
+        rows, place = slice(batch.starts[b], batch.starts[stop]), None if others else run(b)
         whole = decodes or rows.stop - rows.start == batch.lens[b] and not window   # a decode sees all of its keys
-        if others or not run or not whole or slopes_H is not None:
-            width = max(batch.lens[i] - firsts[i] for i in range(b, stop))
-            key_BT = torch.tensor(firsts[b:stop], device=device)[:, None] + torch.arange(width, device=device)
+        if not place or not whole or slopes_H is not None:
+            key_BT = torch.arange(max(counts[b:stop]), device=device)[None]
+            if window:
+                key_BT = key_BT + torch.tensor(firsts[b:stop], device=device)[:, None]
             distance = batch.positions_T[rows].view(stop - b, 1, -1, 1) - key_BT[:, None, None]   # [B, 1, T, keys]
-            seen = (distance >= 0) & (distance < (window or N * S))
+            seen = distance >= 0 if decodes or not window else (distance >= 0) & (distance < window)
             bias = 0.0 if slopes_H is None else slopes_H.view((1, K, -1, 1) if decodes else (K, -1, 1, 1)) * -distance
             mask = torch.where(seen, bias, -torch.inf).to(k_KNSD.dtype)
-            if others or not run:   # a short request is padded with its own last key: no slot of nobody is read
+            if not place:   # a short request is padded with its own last key: no slot of nobody is read
                 key_BT = key_BT.minimum(batch.kv_lens[b:stop, None] - 1)
-                slots_BT = batch.block_tables_BM[b:stop].gather(1, key_BT // S) * S + key_BT % S
-                slots_BKT = slots_BT[:, None] + torch.arange(K, device=device)[:, None] * (N * S)
-                copies, run = k_KNSD.new_empty(2, slots_BKT.numel(), D), None
-        plan.append(Keys(rows, decodes, run, slots_BKT, copies, mask))
+                tables_BM = batch.block_tables_RM[batch.table_rows[b:stop], :-(-max(batch.lens[b:stop]) // S)]
+                slots_BT = (tables_BM[:, :, None] * S + torch.arange(S, device=device)).flatten(1).gather(1, key_BT)
+                slots_BKT = slots_BT[:, None] + torch.arange(0, K * N * S, N * S, device=device)[:, None]
+                copies = k_KNSD.new_empty(2, slots_BKT.numel(), D)
+        plan.append(Keys(rows, decodes, place, slots_BKT, copies, mask))
+    batch.plans["torch", window] = plan
     return plan
 
 
@@ -317,7 +330,7 @@ def _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, position_R, slope_R, s
 
 @jit
 def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, slopes_ptr, tables_ptr, query_starts_ptr, kv_lens_ptr, work_ptr,
-                    q_stride, table_stride, head_stride, scale,
+                    q_stride, head_stride, scale,
                     S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
                     ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr):
     """A tile of query rows against every key that they may see, and no other tile of keys.
@@ -329,8 +342,9 @@ def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, slopes_ptr, tables_ptr, query_
     Tile: as many rows as the registers hold, for o_RD is [ROWS, D] float32; TILE keys feed one pass of the
     matrix units. Wins on long chunks; loses on chunks of a few tokens, whose rows it fills with nothing.
     """
-    b = tl.load(work_ptr + 2 * tl.program_id(0))
-    first = tl.load(work_ptr + 2 * tl.program_id(0) + 1)       # the tile's first token, within the chunk
+    b = tl.load(work_ptr + 3 * tl.program_id(0))
+    table_ptr = tables_ptr + tl.load(work_ptr + 3 * tl.program_id(0) + 1)
+    first = tl.load(work_ptr + 3 * tl.program_id(0) + 2)       # the tile's first token, within the chunk
     kv_head = tl.program_id(1).to(tl.int64)
     row_start = tl.load(query_starts_ptr + b).to(tl.int32)
     q_len = tl.load(query_starts_ptr + b + 1).to(tl.int32) - row_start
@@ -359,7 +373,6 @@ def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, slopes_ptr, tables_ptr, query_
 
     k_ptr += kv_head * head_stride
     v_ptr += kv_head * head_stride
-    table_ptr = tables_ptr + b * table_stride
     o_RD, m_R, l_R = _start(ROWS, D_PAD)
     if WINDOW > 0:
         o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, position_R, slope_R,
@@ -462,14 +475,14 @@ def attention_triton(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch
         ROWS, options = max(16, triton.next_power_of_2(G)), decode_options(D, q_THD.dtype)
         work, o, m, l, arrived = plan_decode(batch, H, K, D, window, options["TILE"], q_THD.device)
         _decode_kernel[(len(work), K)](
-            q_THD, out_THD, o, m, l, arrived, k_KNSD, v_KNSD, slopes_H, batch.block_tables_BM, batch.kv_lens, work,
+            q_THD, out_THD, o, m, l, arrived, k_KNSD, v_KNSD, slopes_H, batch.block_tables_RM, batch.kv_lens, work,
             q_THD.stride(0), N * S * D, scale * LOG2E.value, **shape, ROWS=ROWS, **options)
-    if n < len(batch.rows):
+    if n < len(batch.chunks):
         options = prefill_options(D, G, q_THD.dtype, capability_of(q_THD.device))
         work = plan_prefill(batch, options["ROWS"] // G, q_THD.device)
         _prefill_kernel[(len(work), K)](
-            q_THD, out_THD, k_KNSD, v_KNSD, slopes_H, batch.block_tables_BM, batch.query_starts, batch.kv_lens, work,
-            q_THD.stride(0), batch.block_tables_BM.stride(0), N * S * D, scale * LOG2E.value, **shape, **options)
+            q_THD, out_THD, k_KNSD, v_KNSD, slopes_H, batch.block_tables_RM, batch.query_starts, batch.kv_lens, work,
+            q_THD.stride(0), N * S * D, scale * LOG2E.value, **shape, **options)
     return out_THD
 
 
@@ -535,27 +548,28 @@ def share_out(batch: Batch, K: int, window: int | None, TILE: int, device) -> li
     for b, (begin, count, length) in enumerate(zip(begins, tiles, lens)):
         splits = -(-count // share)
         cuts = [begin + TILE * (count * i // splits) for i in range(splits)] + [length]
-        table = b * batch.block_tables_BM.shape[1]
+        table = batch.chunks[b].row * batch.block_tables_RM.shape[1]
         work += [(b, table, *cuts[i:i + 2], len(work), splits) for i in range(splits)]
     most = 2 * processors // K + len(lens)
     return work + [(-1, 0, 0, 0, 0, 0)] * (most - len(work))
 
 
 def refresh(static: Batch, batch: Batch, K: int):
-    """Put a step of as many requests into the batch that a captured graph reads. Its tables may be narrower: the work
-    says where each begins."""
+    """Put a step of as many requests into the batch that a captured graph reads."""
     static.memory[:len(batch.memory)].copy_(batch.memory)
     for (_, window, TILE), (work, *_) in static.plans.items():
         work.copy_(torch.tensor(share_out(batch, K, window, TILE, work.device), dtype=torch.int32))
 
 
 def plan_prefill(batch: Batch, tokens_per_tile: int, device) -> Tensor:
-    """The tiles of query rows of the step's prompts, int32 [tiles, 2]: request, first token. The longest come first."""
+    """The tiles of query rows of the step's prompts, int32 [tiles, 3]: request, where its block table begins, first
+    token. The longest come first."""
     if "prefill" not in batch.plans:
         work = []
-        for b in range(batch.num_decodes, len(batch.rows)):
-            q_len = batch.rows[b].stop - batch.rows[b].start
-            work += [(batch.lens[b] - q_len + first, b, first) for first in range(0, q_len, tokens_per_tile)]
+        for b in range(batch.num_decodes, len(batch.chunks)):
+            q_len = len(batch.chunks[b].tokens)
+            table = batch.chunks[b].row * batch.block_tables_RM.shape[1]
+            work += [(batch.lens[b] - q_len + first, b, table, first) for first in range(0, q_len, tokens_per_tile)]
         work = [tile for _, *tile in sorted(work, reverse=True)]
         batch.plans["prefill"] = torch.tensor(work, dtype=torch.int32).to(device)
     return batch.plans["prefill"]

@@ -24,7 +24,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +53,9 @@ class SamplingParams:
     seed: int | None = None        # the same seed gives the same text, whatever else runs (float32); None: by chance
     stop: str | tuple[str, ...] = ()   # end the text before any of these strings
     ignore_eos: bool = False       # go on to max_tokens
+    n: int = 1                     # so many continuations of the prompt; with a seed, each has the next one
+    logprobs: int | None = None    # log-probabilities of each token and of the k most likely ones; None: of none
+    logits_processor: Callable[[list[int], Tensor], Tensor] | None = None   # (new tokens so far, logits_V) -> logits_V
 
     def __post_init__(self):
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
@@ -69,13 +72,19 @@ class SamplingParams:
             raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
         if self.seed is not None and not is_int(self.seed):
             raise ValueError(f"seed is {self.seed!r}: it must be a whole number or None")
+        if not is_int(self.n) or self.n < 1:
+            raise ValueError(f"n is {self.n}: it must be a whole number, 1 or more")
+        if self.logprobs is not None and (not is_int(self.logprobs) or self.logprobs < 0):
+            raise ValueError(f"logprobs is {self.logprobs}: it must be a whole number, 0 or more, or None")
+        if self.logits_processor is not None and not callable(self.logits_processor):
+            raise ValueError(f"logits_processor is {self.logits_processor!r}: it must be a function or None")
 
 
 def is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-@dataclass
+@dataclass(eq=False)
 class Output:
     """What has become of a request so far. It goes on growing until finish_reason is set."""
     id: int
@@ -85,9 +94,12 @@ class Output:
     finish_reason: str | None = None   # "stop" | "length"; "error" if it was refused or failed; "abort"
     error: str | None = None           # then: why
     ttft: float = 0.0                  # time to first token, seconds from `add`
-    tps: float = 0.0                   # tokens per second after the first
+    tps: float = 0.0                   # tokens per second after the first, once it has finished
     blocks: int = 0                    # KV blocks held at the end
     reused_tokens: int = 0             # prompt tokens whose K and V were found in the prefix cache
+    computed_tokens: int = 0           # tokens that the model ran, after a preemption some of them again
+    logprobs: list[dict[int, float]] | None = None   # per new token, if asked for: its own, then those of the k best
+    samples: list[Output] = field(default_factory=list)   # all n continuations, this one first
 
 
 @dataclass(eq=False)
@@ -100,36 +112,47 @@ class Request:
     random: random.Random          # one number per sampled token, so neighbours cannot disturb it
     decode: object                 # token -> the characters it completes, or None without a tokenizer
     arrived: float
-    table: BlockTable = field(default_factory=BlockTable)
+    samples: list[Request] = field(default_factory=list)   # who takes a token from its prompt: until then itself and
+    table: BlockTable = field(default_factory=BlockTable)  # its n - 1 siblings, from then on itself alone
     computed: int = 0
     admitted: bool = False         # for the first time
     unshown: str = ""              # text that may yet turn out to be the beginning of a stop string
     first_token: float = 0.0
+    uniform: float = 0.0           # the random number that chooses its next token
+
+    def __post_init__(self):
+        self.samples, self.uniform = [self], self.random.random()
 
     @property
     def pending(self) -> int:
         """Tokens to run before the next one can be sampled: 1 in decode, more in prefill."""
         return len(self.tokens) - self.computed
 
-    def append(self, token: int, eos: list[int]):
-        """Take a sampled token: time it, turn it into text, and decide whether this was the last."""
-        now, out, params = time.perf_counter(), self.output, self.params
+    def append(self, token: int, eos: list[int], now: float):
+        """Take a token sampled now, turn it into text, and decide whether it is the last."""
+        out, params = self.output, self.params
         self.tokens.append(token)
         out.token_ids.append(token)
-        if len(out.token_ids) == 1:
+        if params.temperature:
+            self.uniform = self.random.random()
+        if not self.first_token:
             self.first_token, out.ttft = now, now - self.arrived
-        else:
-            out.tps = (len(out.token_ids) - 1) / (now - self.first_token)
         if token in eos and not params.ignore_eos:
             out.finish_reason = "stop"
         elif len(self.tokens) >= self.limit:
             out.finish_reason = "length"
         if self.decode:
             self._show(self.decode(token, out.finish_reason is not None) if out.finish_reason != "stop" else "")
+        if out.finish_reason and now > self.first_token:
+            out.tps = (len(out.token_ids) - 1) / (now - self.first_token)
 
     def _show(self, piece: str):
         """Release text up to a stop string, or up to what may be the beginning of one."""
-        text, out, stops = self.unshown + piece, self.output, self.params.stop
+        out, stops = self.output, self.params.stop
+        if not stops:
+            out.text += piece
+            return
+        text = self.unshown + piece
         ends = [text.find(stop) for stop in stops if stop in text]
         if ends:
             text, out.finish_reason = text[:min(ends)], "stop"
@@ -145,10 +168,14 @@ class Request:
 class Scheduler:
     """First come, first served, under one token budget per step.
 
-    `running` and `waiting` are both in order of arrival, and everyone running came before everyone
-    waiting. A request is admitted when there are blocks for all of its tokens; it then needs one more
-    block every S tokens, and when none is left the youngest gives its blocks back and waits again at
-    the front. Nothing is lost: its tokens are run again as if they were a prompt.
+    `running` and `waiting` are both in order of arrival, and everyone running came before everyone waiting; nobody
+    is overtaken, so nobody starves, and as everyone decoding gets a token in every step, nobody stalls.
+
+    A request is admitted when the pool can be expected to hold it and everyone running to their ends. How long an
+    answer will get nobody knows: `share` is the part of their max_tokens that requests have used lately, and all
+    of it at first and after a preemption. For if the guess was wrong and no block is left, the youngest gives its
+    blocks back and waits again at the front. Nothing is lost: its tokens are run again as if they were a prompt,
+    less those that the prefix index still knows.
     """
 
     def __init__(self, pool: KVPool, max_batched_tokens: int, max_seqs: int):
@@ -156,55 +183,109 @@ class Scheduler:
         self.max_seqs = min(max_seqs, max_batched_tokens)   # so that a step has a token for everyone who decodes
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.full = False          # the first in the queue was refused, and nothing has been given back since
+        self.share = 1.0
+        self.preemptions = self.reused_tokens = 0
 
-    def schedule(self) -> list[tuple[Request, int]]:
-        """Who runs in this step, and how many of their tokens; decodes first."""
-        plan, budget = [], self.max_batched_tokens
+    def schedule(self) -> list[tuple[Request, Chunk]]:
+        """Who runs in this step, and which of their tokens; single tokens first."""
+        pool, S, plan, prompts = self.pool, self.pool.block_size, [], []
         # 1. The next token of everyone who is decoding, the oldest first.
-        for request in list(self.running):
-            if request.pending == 1 and request in self.running and self._grow(request):
-                plan.append((request, 1))
-                budget -= 1
-        # 2. The prompts that are under way.
-        for request in self.running:
-            if request.pending > 1 and budget:
-                plan.append((request, min(request.pending, budget)))
-                budget -= plan[-1][1]
-        # 3. Newcomers, as long as all of their tokens have room and everyone running can still grow by a block.
-        while self.waiting and budget and len(self.running) < self.max_seqs:
-            request = self.waiting[0]
-            request.computed = self.pool.match(request.table, request.tokens)
-            need = self.pool.blocks_for(len(request.tokens)) - len(request.table.blocks)
-            if self.running and need + len(self.running) > self.pool.available:
-                self.release(request)
-                break
-            assert self.pool.grow(request.table, len(request.tokens), request.limit), "a lone request always fits"
-            if not request.admitted:   # after a preemption it may find what it computed itself
-                request.admitted, request.output.reused_tokens = True, request.computed
-            self.running.append(self.waiting.popleft())
-            plan.append((request, min(request.pending, budget)))
-            budget -= plan[-1][1]
-        return sorted(plan, key=lambda entry: entry[1] > 1)
+        for request in self.running:   # a preemption takes from its end
+            length, table = len(request.tokens), request.table
+            if length - request.computed > 1:
+                prompts.append(request)
+            elif length <= len(table.blocks) * S and pool.references[table.blocks[-1]] == 1 or self._grow(request):
+                plan.append((request, Chunk([request.tokens[-1]], length - 1, table.blocks, 1, table.row)))
+                if length % S == 0:
+                    pool.commit(table, request.tokens, length)
+        # 2. The prompts that are under way, then newcomers.
+        budget, decodes = self.max_batched_tokens - len(plan), len(plan)
+        while budget and (prompts or self._admit(prompts)):
+            request = prompts.pop(0)
+            table, start, n = request.table, request.computed, min(request.pending, budget)
+            if table.blocks:   # else it has just been preempted
+                chunk = Chunk(request.tokens[start:start + n], start, table.blocks, int(n == request.pending), table.row)
+                plan.append((request, chunk))
+                budget -= n
+                pool.commit(table, request.tokens, start + n)
+        return plan[:decodes] + sorted(plan[decodes:], key=lambda entry: len(entry[1].tokens) > 1)
+
+    def _admit(self, prompts: list[Request]) -> bool:
+        """Move the first in the queue to the running, if it can be expected to fit."""
+        if not self.waiting or self.full:
+            return False
+        request = self.waiting[0]
+        if sum(len(r.samples) for r in self.running) + len(request.samples) > self.max_seqs:
+            return False
+        request.computed = self.pool.match(request.table, request.tokens)
+        need = sum(map(self._expected, self.running)) + self._expected(request)
+        if self.running and need > self.pool.available:
+            self.release(request)
+            self.full = True
+            return False
+        assert self.pool.grow(request.table, len(request.tokens), request.limit), "a lone request always fits"
+        self.reused_tokens += request.computed
+        if not request.admitted:   # after a preemption it may find what it computed itself
+            request.admitted, request.output.reused_tokens = True, request.computed
+        self.running.append(self.waiting.popleft())
+        prompts.append(request)
+        return True
+
+    def _expected(self, request: Request) -> int:
+        """Blocks that a request and its samples to come are expected to need beyond those that it holds."""
+        prompt, common = request.output.prompt_tokens, len(request.tokens) // self.pool.block_size
+        end = max(len(request.tokens) + 1, prompt + math.ceil(self.share * (request.limit - prompt)))
+        each = self.pool.blocks_for(min(end, request.limit)) - common
+        return common + len(request.samples) * each - len(request.table.blocks)
 
     def _grow(self, request: Request) -> bool:
-        """A slot for the request's next token, if need be by preempting the youngest, which may be itself."""
-        while not self.pool.grow(request.table, len(request.tokens)):
-            youngest = self.running.pop()
-            self.release(youngest)
-            self.waiting.appendleft(youngest)
-            if youngest is request:
+        """A slot of its own for the request's next token, if need be by preempting the youngest, perhaps itself."""
+        while not (self.pool.grow(request.table, len(request.tokens)) and self.pool.own_last(request.table)):
+            self.share = 1.0
+            if self._preempt() is request:
                 return False
         return True
+
+    def _preempt(self) -> Request:
+        youngest = self.running.pop()
+        self.release(youngest)
+        self.waiting.appendleft(youngest)
+        self.preemptions += 1
+        return youngest
+
+    def fork(self, request: Request):
+        """The prompt is computed: the other samples run from here on, in the same blocks."""
+        at = self.running.index(request)
+        self.running[at:at + 1] = request.samples
+        for sample in request.samples[1:]:
+            self.pool.share(request.table, sample.table)
+            sample.computed, sample.admitted, sample.output.reused_tokens = request.computed, True, request.computed
+            self.reused_tokens += request.computed
+        request.samples = [request]
+
+    def undo(self, plan: list[tuple[Request, Chunk]]):
+        """The step that was planned has failed: what it was to compute is not there, and everyone begins again."""
+        for request, _ in plan:
+            self.pool.forget(request.table, request.computed)
+        while self.running:
+            self._preempt()
 
     def release(self, request: Request):
         """Give the request's blocks back; what it computed may be found again in the prefix cache."""
         self.pool.release(request.table)
-        request.computed = 0
+        request.computed, self.full = 0, False
 
     def remove(self, request: Request):
-        """Forget a request that has finished or was aborted."""
-        (self.running if request in self.running else self.waiting).remove(request)
-        request.output.blocks = len(request.table.blocks)
+        """Forget a request that has ended."""
+        out = request.output
+        for queue in (self.running, self.waiting):
+            if request in queue:   # else it was to fork from one that was aborted
+                queue.remove(request)
+                break
+        if out.finish_reason in ("stop", "length"):
+            self.share += 0.1 * (len(out.token_ids) / (request.limit - out.prompt_tokens) - self.share)
+        out.blocks = len(request.table.blocks)
         self.release(request)
 
 
@@ -241,6 +322,33 @@ def sample(logits_BV: Tensor, params: list[SamplingParams], uniforms: list[float
     return [token if ok else -1 for token, ok in zip(chosen, finite)]
 
 
+def process(logits_BV: Tensor, requests: list[Request]) -> tuple[Tensor, dict[Request, str]]:
+    """Logits as the requests' own logits_processor leaves them, and what went wrong in it."""
+    rows, errors = [b for b, request in enumerate(requests) if request.params.logits_processor], {}
+    if not rows:
+        return logits_BV, errors
+    processed_BV = logits_BV.clone()
+    for b in rows:
+        request = requests[b]
+        try:
+            logits_V = request.params.logits_processor(list(request.output.token_ids), logits_BV[b].clone())
+            if not torch.is_tensor(logits_V) or logits_V.shape != logits_BV[b].shape:
+                raise ValueError(f"it gave {str(logits_V)[:50]} and not logits of shape {list(logits_BV[b].shape)}")
+            processed_BV[b] = logits_V
+            if not math.isfinite(processed_BV[b].max()):
+                raise ValueError("it left no token to choose: its largest logit must be finite")
+        except Exception as error:   # anything may happen in a stranger's function
+            processed_BV[b], errors[request] = 0, f"logits_processor: {type(error).__name__}: {error}"
+    return processed_BV, errors
+
+
+def log_probabilities(logits_V: Tensor, token: int, k: int) -> dict[int, float]:
+    """Of the token, then of the k most likely ones, by the model alone: no temperature, no logits_processor."""
+    logprobs_V = logits_V.log_softmax(-1)
+    values, ids = logprobs_V.topk(min(k, len(logprobs_V)))
+    return {token: logprobs_V[token].item()} | dict(zip(ids.tolist(), values.tolist()))
+
+
 # ---------------------------------------------------------------------------------------------
 # CUDA graphs
 
@@ -251,8 +359,8 @@ class DecodeGraphs:
     a batch that stays, and a step of 5 requests runs as one of 8, with padding that owns nothing.
     """
 
-    def __init__(self, model: Model, pool: KVPool, most_blocks: int, device: torch.device):
-        self.model, self.pool, self.most_blocks, self.device = model, pool, most_blocks, device
+    def __init__(self, model: Model, pool: KVPool, device: torch.device):
+        self.model, self.pool, self.device = model, pool, device
         self.recorded = {}    # batch size -> (batch that stays, replay, logits)
 
     @torch.inference_mode()
@@ -261,10 +369,11 @@ class DecodeGraphs:
         n = len(chunks)
         size = 1 << (n - 1).bit_length() if n <= 8 else -(-n // 8) * 8    # 1, 2, 4, 8, 16, 24, ...
         if size not in self.recorded:
-            static = make_batch([kernels.PADDING] * size, self.pool.block_size, self.device, self.most_blocks)
+            static = make_batch([kernels.PADDING] * size, self.pool.block_size, self.device, self.pool.block_tables_RM)
             self.recorded[size] = static, *record(lambda: self.model(static, self.pool))
         static, replay, logits_BV = self.recorded[size]
-        batch = make_batch(chunks + [kernels.PADDING] * (size - n), self.pool.block_size)
+        batch = make_batch(chunks + [kernels.PADDING] * (size - n), self.pool.block_size, "cpu",
+                           self.pool.block_tables_RM)
         kernels.refresh(static, batch, self.model.config.K)
         replay()
         return logits_BV[:n]
@@ -335,10 +444,11 @@ class LLM:
         self.scheduler = Scheduler(self.pool, max_batched_tokens, max_seqs)
         self.graphs = None
         if gpu and attention == "triton" and not kernels.INTERPRETED if cuda_graphs is None else cuda_graphs:
-            self.graphs = DecodeGraphs(self.model, self.pool, self.pool.blocks_for(c.context), self.device)
+            self.graphs = DecodeGraphs(self.model, self.pool, self.device)
         self.requests: dict[int, Request] = {}
         self.finished_elsewhere: list[Output] = []
-        self.next_id = 0
+        self.next_id = self.steps = self.computed_tokens = 0
+        self.watch = None   # called in every step, with what was planned, who got a token, which one, and the logits
 
     def _make_pool(self, block_size, num_blocks, max_seqs, dtype, prefix_cache) -> KVPool:
         """The pool: room for max_seqs full contexts, but at most 80% of a GPU's free memory or a quarter of RAM."""
@@ -355,7 +465,8 @@ class LLM:
             size = num_blocks * block_bytes / 1e9
             raise ValueError(f"{num_blocks} blocks of {block_size} tokens need {size:.1f} GB, and {self.device} has "
                              f"{memory / 1e9:.1f} GB: at most {memory // block_bytes} blocks fit")
-        return KVPool(c.L, c.K, c.D, num_blocks, block_size, dtype, self.device, prefix_cache)
+        return KVPool(c.L, c.K, c.D, num_blocks, block_size, dtype, self.device, prefix_cache, max_seqs + 1,
+                      min(num_blocks, -(-c.context // block_size)))   # a table more, for `logits`
 
     # --- the loop, one turn at a time
 
@@ -367,13 +478,22 @@ class LLM:
             what = "the model's context" if room == self.config.context else "the KV pool (raise num_blocks)"
             raise ValueError(f"the prompt has {len(tokens)} tokens and {what} holds {room}, "
                              f"with at least one for the answer: shorten it to {room - 1}")
-        out = Output(self.next_id, prompt_tokens=len(tokens))
-        self.next_id += 1
-        self.requests[out.id] = request = Request(
-            tokens, params, min(room, len(tokens) + params.max_tokens), out, random.Random(params.seed),
-            self.tokenizer.decoder(tokens) if self.tokenizer else None, time.perf_counter())
-        self.scheduler.waiting.append(request)
-        return out.id
+        if params.n > self.scheduler.max_seqs:
+            raise ValueError(f"n is {params.n} and {self.scheduler.max_seqs} requests may run at once: "
+                             "raise max_seqs and max_batched_tokens")
+        samples, limit, now = [], min(room, len(tokens) + params.max_tokens), time.perf_counter()
+        for i in range(params.n):
+            out = Output(self.next_id, prompt_tokens=len(tokens), logprobs=None if params.logprobs is None else [])
+            self.next_id += 1
+            samples.append(Request(
+                list(tokens), params, limit, out, random.Random(None if params.seed is None else params.seed + i),
+                self.tokenizer.decoder(tokens) if self.tokenizer else None, now))
+            self.requests[out.id] = samples[-1]
+        for request in samples:
+            request.output.samples = [sample.output for sample in samples]
+        samples[0].samples = samples
+        self.scheduler.waiting.append(samples[0])
+        return samples[0].output.id
 
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -399,51 +519,81 @@ class LLM:
         return tokens
 
     def step(self) -> list[Output]:
-        """One turn of the loop: schedule, run, sample. Returns the outputs that grew, some of them finished."""
+        """One turn of the loop: schedule, run, sample. Returns the outputs that grew, some of them finished.
+
+        Whatever is raised on the way (by an interrupt, or for want of memory) undoes the step: the next one does
+        its work again.
+        """
         grown, self.finished_elsewhere = self.finished_elsewhere, []
         plan = self.scheduler.schedule()
         if not plan:
             return grown
         # Only who has no tokens left to compute gets a new one: not a prompt that is still in pieces.
-        ready = [request for request, n in plan if n == request.pending]
-        chunks = [Chunk(r.tokens[r.computed:r.computed + n], r.computed, r.table.blocks, logits=int(n == r.pending))
-                  for r, n in plan]
-        logits_BV = self._run(chunks)
-        for request, n in plan:
-            request.computed += n
-            self.pool.commit(request.table, request.tokens, request.computed)
-        if not ready:
-            return grown
-        uniforms = [r.random.random() if r.params.temperature else 0.0 for r in ready]
-        for request, token in zip(ready, sample(logits_BV, [r.params for r in ready], uniforms)):
-            if token < 0:
-                request.output.finish_reason = "error"
-                request.output.error = ("the model's logits are not finite: its weights are damaged, "
-                                        "or its dtype is too small, so try float32 or bfloat16")
-            else:
-                request.append(token, self.config.eos)
-            if request.output.finish_reason:
-                self._drop(request)
-        return grown + [request.output for request in ready]
+        ready = [request for request, chunk in plan if chunk.logits]
+        takers = [sample for request in ready for sample in request.samples]
+        try:
+            logits_BV = self._run([chunk for _, chunk in plan])
+            if len(takers) > len(ready):
+                logits_BV = logits_BV[[row for row, request in enumerate(ready) for _ in request.samples]]
+            processed_BV, errors = process(logits_BV, takers)
+            tokens = sample(processed_BV, [r.params for r in takers], [r.uniform for r in takers]) if takers else []
+            if self.watch:
+                self.watch(plan, takers, tokens, logits_BV)
+        except BaseException:
+            self.scheduler.undo(plan)
+            self.finished_elsewhere = grown
+            raise
 
-    def _step_for(self, outputs: list[Output]):
-        """A step on behalf of these; what finishes beside them is handed out by the next `step`."""
-        self.finished_elsewhere = [out for out in self.step() if out.finish_reason and out not in outputs]
+        self.steps, now = self.steps + 1, time.perf_counter()
+        for request, chunk in plan:
+            request.computed += len(chunk.tokens)
+            request.output.computed_tokens += len(chunk.tokens)
+            self.computed_tokens += len(chunk.tokens)
+        if len(takers) > len(ready):
+            for request in ready:
+                self.scheduler.fork(request)
+        for row, (request, token) in enumerate(zip(takers, tokens)):
+            out = request.output
+            try:
+                if request in errors:
+                    raise ValueError(errors[request])
+                if token < 0:
+                    raise ValueError("the model's logits are not finite: its weights are damaged, "
+                                     "or its dtype is too small, so try float32 or bfloat16")
+                request.append(token, self.config.eos, now)
+                if out.logprobs is not None:
+                    out.logprobs.append(log_probabilities(logits_BV[row], token, request.params.logprobs))
+            except Exception as error:   # it ends alone
+                out.finish_reason, out.error = "error", str(error) or repr(error)
+            if out.finish_reason:
+                self._drop(request)
+            grown.append(out)
+        return grown
 
     def _run(self, chunks: list[Chunk]) -> Tensor:
+        self.pool.upload()
         if self.graphs and all(len(chunk.tokens) == 1 == chunk.logits for chunk in chunks):
             return self.graphs.run(chunks)
-        return self.model(make_batch(chunks, self.pool.block_size, self.device), self.pool)
+        return self.model(make_batch(chunks, self.pool.block_size, self.device, self.pool.block_tables_RM), self.pool)
 
     def abort(self, request_id: int):
-        """End a request now and give its blocks back; what it has produced stays in its output."""
-        if request := self.requests.get(request_id):
+        """End a request, by the id that `add` gave, and all its samples now; what they produced stays in their outputs."""
+        for request in [r for r in self.requests.values() if r.output.samples[0].id == request_id]:
             request.output.finish_reason = "abort"
             self._drop(request)
 
     def _drop(self, request: Request):
         self.scheduler.remove(request)
         del self.requests[request.output.id]
+
+    def stats(self) -> dict[str, int]:
+        """What the engine has done so far, and how things stand: tokens run by the model, tokens whose K and V were
+        there already, preemptions; requests running and waiting; blocks of the pool by state."""
+        pool, scheduler = self.pool, self.scheduler
+        return dict(steps=self.steps, computed_tokens=self.computed_tokens, reused_tokens=scheduler.reused_tokens,
+                    preemptions=scheduler.preemptions, running=len(scheduler.running), waiting=len(scheduler.waiting),
+                    blocks=pool.num_blocks, blocks_referenced=pool.num_referenced, blocks_cached=len(pool.cached),
+                    blocks_free=len(pool.free))
 
     # --- whole prompts
 
@@ -455,13 +605,20 @@ class LLM:
         are not affected.
         """
         outputs = self.start(prompts, params)
+        mine = {sample for out in outputs for sample in out.samples}
         try:
-            while any(out.finish_reason is None for out in outputs):
-                self._step_for(outputs)
+            for out in outputs:
+                for sample in out.samples:
+                    while sample.finish_reason is None:
+                        self._step_for(mine)
         finally:   # interrupted: leave nothing behind
             for out in outputs:
                 self.abort(out.id)
         return outputs
+
+    def _step_for(self, mine: set[Output]):
+        """A step on behalf of these; what finishes beside them is handed out by the next `step`."""
+        self.finished_elsewhere = [out for out in self.step() if out.finish_reason and out not in mine]
 
     def start(self, prompts: str | list, params: SamplingParams | list[SamplingParams]) -> list[Output]:
         """`add` every prompt; one that is refused gets an output that has already ended, with its error."""
@@ -482,10 +639,12 @@ class LLM:
 
     def stream(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> Iterator[str]:
         """The text of one prompt, piece by piece as it appears. Raises ValueError, at the first, if it cannot run."""
+        if params.n > 1:
+            raise ValueError(f"n is {params.n}: a stream is one text, so use generate, or n=1")
         out, shown = self.requests[self.add(prompt, params)].output, 0
         try:
             while out.finish_reason is None:
-                self._step_for([out])
+                self._step_for({out})
                 if len(out.text) > shown:
                     yield out.text[shown:]
                     shown = len(out.text)
@@ -501,7 +660,9 @@ class LLM:
         try:
             for start in range(0, len(tokens), self.scheduler.max_batched_tokens):
                 chunk = tokens[start:start + self.scheduler.max_batched_tokens]
-                batch = make_batch([Chunk(chunk, start, table.blocks, len(chunk))], self.pool.block_size, self.device)
+                self.pool.upload()
+                batch = make_batch([Chunk(chunk, start, table.blocks, len(chunk), table.row)], self.pool.block_size,
+                                   self.device, self.pool.block_tables_RM)
                 rows.append(self.model(batch, self.pool))
         finally:
             self.pool.release(table)

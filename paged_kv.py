@@ -12,7 +12,8 @@ request owns a block table: the list of the physical blocks that hold its tokens
 Nothing is wasted but the tail of the last block, and nothing needs to be contiguous. A table is
 also what makes sharing possible: two requests with the same beginning can point at the same blocks.
 A full block is never written again, so it is indexed by the content of everything up to its end; a
-later request that starts with the same tokens finds it, even after its first owner has gone.
+request that starts with the same tokens finds it, even after its first owner has gone. Samples of one
+prompt share its blocks too, and whoever first writes into a shared last block gets a copy.
 
 Every block is in exactly one of three states: referenced (in the table of a living request), cached
 (in no table, but in the index: a hit away from being used again, or the next to be evicted), free.
@@ -32,7 +33,9 @@ import torch
 class BlockTable:
     """One request's view of the pool: token t lives in block blocks[t // S], slot t % S."""
     blocks: list[int] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)   # of its full blocks that are known to the index
+    row: int = -1          # where the device holds a copy of `blocks`; -1: it has none yet
+    known: int = 0         # blocks that have been offered to the index
+    digests: list[bytes] = field(default_factory=list)   # names of full blocks, worked out once and kept for good
 
 
 class KVPool:
@@ -40,11 +43,13 @@ class KVPool:
 
     k_LKNSD and v_LKNSD are the memory: layer, KV head, block, slot, head size. With heads outside
     blocks, one block of one head is contiguous. The memory starts uninitialised: what no request has
-    written, no request reads.
+    written, no request reads. block_tables_RM is what the device sees of the tables in use, of which there
+    may be `max_tables` of `max_blocks` each; `upload` brings it up to date with the few entries that a step has changed.
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, num_blocks: int, block_size: int,
-                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", prefix_cache: bool = True):
+                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", prefix_cache: bool = True,
+                 max_tables: int = 64, max_blocks: int | None = None):
         shape = layers, kv_heads, num_blocks, block_size, head_dim
         self.k_LKNSD = torch.empty(shape, dtype=dtype, device=device)
         self.v_LKNSD = torch.empty(shape, dtype=dtype, device=device)
@@ -55,6 +60,9 @@ class KVPool:
         self.frontier = 0                                     # the end of the last neighbours found for a new table
         self.index: dict[bytes, int] = {}                     # digest of a whole prefix -> block with its last S tokens
         self.digests: dict[int, bytes] = {}                   # the index, read the other way
+        self.block_tables_RM = torch.zeros(max_tables, max_blocks or num_blocks, dtype=torch.int64, device=device)
+        self.free_rows = list(range(max_tables))
+        self.changed: dict[tuple[int, int], int] = {}         # (row, entry) -> block, not yet on the device
 
     @property
     def available(self) -> int:
@@ -70,20 +78,18 @@ class KVPool:
         return -(-num_tokens // self.block_size)
 
     def match(self, table: BlockTable, tokens: list[int]) -> int:
-        """Fill an empty table with the cached blocks that hold the longest prefix of `tokens`.
+        """Fill an empty table with the blocks that hold the longest prefix of `tokens` known to the index.
 
         Returns the number of tokens found, a multiple of S, always less than len(tokens), because
         the last token must be computed for its logits. The blocks are now shared: read, never written.
         """
         for i in range((len(tokens) - 1) // self.block_size if self.prefix_cache else 0):
-            digest = self._digest(table, tokens, i)
-            block = self.index.get(digest)
+            block = self.index.get(self._digest(table, tokens, i))
             if block is None:
                 break
             self.cached.pop(block, None)
-            self.references[block] += 1
-            table.blocks.append(block)
-            table.digests.append(digest)
+            self._append(table, block)
+        table.known = len(table.blocks)
         return len(table.blocks) * self.block_size
 
     def grow(self, table: BlockTable, num_tokens: int, limit: int = 0) -> bool:
@@ -95,13 +101,48 @@ class KVPool:
         need = self.blocks_for(num_tokens) - len(table.blocks)
         if need > self.available:
             return False
+        if need <= 0:
+            return True
         wish = table.blocks[-1] + 1 if table.blocks else -1
         if limit and wish not in self.free:
             wish = self._room_for(self.blocks_for(limit) - len(table.blocks))
         for _ in range(need):
-            table.blocks.append(self._take(wish))
+            self._append(table, self._take(wish))
             wish = table.blocks[-1] + 1
         return True
+
+    def share(self, table: BlockTable, other: BlockTable):
+        """Let an empty table hold all blocks of `table`. Before either writes into the last one: `own_last`."""
+        for block in table.blocks:
+            self._append(other, block)
+        other.known, other.digests = table.known, list(table.digests)
+
+    def own_last(self, table: BlockTable) -> bool:
+        """Copy on write: make the table's last block its own. False, and nothing changed, if no block is left."""
+        shared = table.blocks[-1]
+        if self.references[shared] > 1:
+            if not self.available:
+                return False
+            self.references[shared] -= 1
+            table.blocks.pop()
+            self._append(table, self._take(shared + 1))
+            for memory_LKNSD in (self.k_LKNSD, self.v_LKNSD):
+                memory_LKNSD[:, :, table.blocks[-1]] = memory_LKNSD[:, :, shared]
+        return True
+
+    def _append(self, table: BlockTable, block: int):
+        if table.row < 0:
+            table.row = self.free_rows.pop()
+        self.changed[table.row, len(table.blocks)] = block
+        table.blocks.append(block)
+        self.references[block] += 1
+
+    def upload(self):
+        """Tell the device which entries of its block tables have changed."""
+        if self.changed:
+            at = torch.tensor(list(self.changed)).T.to(self.block_tables_RM.device)
+            self.block_tables_RM[at[0], at[1]] = torch.tensor(list(self.changed.values())).to(at.device)
+            self.changed.clear()
 
     def _room_for(self, num_blocks: int) -> int:
         """The first of so many free neighbours: at the pool's front, or behind the last that were found; else -1."""
@@ -114,15 +155,21 @@ class KVPool:
         self.frontier = 0
         return -1
 
-    def commit(self, table: BlockTable, tokens: list[int], num_computed: int):
-        """Make the table's full blocks findable, now that K and V of the first `num_computed` tokens are in."""
+    def commit(self, table: BlockTable, tokens: list[int], num_tokens: int):
+        """Make the table's full blocks findable: K and V of the first `num_tokens` tokens are in, or will be before
+        anybody reads them, as every layer of a step writes before it attends."""
         if not self.prefix_cache:
             return
-        for i in range(len(table.digests), num_computed // self.block_size):
+        for i in range(table.known, num_tokens // self.block_size):
             digest, block = self._digest(table, tokens, i), table.blocks[i]
-            table.digests.append(digest)
             if digest not in self.index:   # another request may have computed the same: its block stays the one
                 self.index[digest], self.digests[block] = block, digest
+            table.known = i + 1
+
+    def forget(self, table: BlockTable, num_tokens: int):
+        """Take back what `commit` promised beyond so many tokens: the step that was to compute them has failed."""
+        for block in table.blocks[num_tokens // self.block_size:]:
+            self.index.pop(self.digests.pop(block, None), None)
 
     def release(self, table: BlockTable):
         """Give all of the table's blocks back; what the index knows stays cached until it is needed."""
@@ -133,10 +180,12 @@ class KVPool:
                     self.cached[block] = self.digests[block]
                 else:
                     self.free[block] = None
-        table.blocks, table.digests = [], []
+        if table.row >= 0:
+            self.free_rows.append(table.row)
+        table.blocks, table.row, table.known = [], -1, 0
 
     def _take(self, wish: int) -> int:
-        """A block for one owner: the one wished for, else a free one, else the least recently used cached one, which
+        """A block that nobody holds: the one wished for, else a free one, else the least recently used cached one, which
         is forgotten."""
         if wish in self.free:
             block = wish
@@ -146,11 +195,12 @@ class KVPool:
         else:
             block, digest = self.cached.popitem(last=False)
             del self.index[digest], self.digests[block]
-        self.references[block] = 1
         return block
 
     def _digest(self, table: BlockTable, tokens: list[int], i: int) -> bytes:
         """Name of everything up to the end of block i: its tokens chained to the digest before it."""
-        before = table.digests[i - 1] if i else b""
-        S = self.block_size
-        return hashlib.blake2b(before + array("q", tokens[i * S:(i + 1) * S]).tobytes(), digest_size=16).digest()
+        if i == len(table.digests):
+            before, S = table.digests[-1] if i else b"", self.block_size
+            data = before + array("q", tokens[i * S:(i + 1) * S]).tobytes()
+            table.digests.append(hashlib.blake2b(data, digest_size=16).digest())
+        return table.digests[i]

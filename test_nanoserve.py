@@ -159,7 +159,7 @@ def test_torch_reads_neighbouring_blocks_in_place_and_gathers_others(poisoned, l
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "IN_PLACE", in_place)
         out = kernels.attention_torch(q, k_KNSD, v_KNSD, batch, 0.3, window, slopes)
-    for rows, (k, v) in zip(batch.rows, dense):
+    for rows, (k, v) in zip(map(slice, batch.starts, batch.starts[1:]), dense):
         expected = dense_attention(q[rows].double().numpy(), k, v, 0.3, window, slopes.double().numpy() if alibi else None)
         np.testing.assert_allclose(out[rows], expected, rtol=1e-5, atol=1e-5)
 
@@ -288,15 +288,62 @@ class PoolMachine(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(self.requests))
         tokens, table, computed = request
         if computed == len(tokens):   # decode: one more token, if there is room
-            if not self.pool.grow(table, len(tokens) + 1):
+            before, free = list(table.blocks), self.pool.available
+            if not (self.pool.grow(table, len(tokens) + 1) and self.pool.own_last(table)):
+                assert free == 0 and table.blocks == before
                 return
+            for old, new in zip(before, table.blocks):   # copied on write: what was seen there is seen here
+                for offset in range(self.pool.block_size):
+                    if old != new and (old, offset) in self.memory:
+                        self.memory[new, offset] = self.memory[old, offset]
+                        assert torch.equal(self.pool.k_LKNSD[:, :, old, offset], self.pool.k_LKNSD[:, :, new, offset])
+                        assert torch.equal(self.pool.v_LKNSD[:, :, old, offset], self.pool.v_LKNSD[:, :, new, offset])
             tokens.append(token)
         for t in range(computed, min(computed + n, len(tokens))):
             block = table.blocks[t // self.pool.block_size]
             assert self.pool.references[block] == 1 and block not in self.pool.digests, "a shared block is never written"
-            self.memory[block, t % self.pool.block_size] = tokens[:t + 1]
+            self._write(block, t % self.pool.block_size, tokens[:t + 1])
             request[2] = t + 1
         self.pool.commit(table, tokens, request[2])
+
+    def _write(self, block, offset, tokens):
+        self.memory[block, offset] = tokens
+        self.pool.k_LKNSD[:, :, block, offset] = random.random()
+        self.pool.v_LKNSD[:, :, block, offset] = random.random()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def fork(self, data):
+        tokens, table, computed = data.draw(st.sampled_from(self.requests))
+        if computed == len(tokens):
+            self.pool.share(table, other := BlockTable())
+            assert other.blocks == table.blocks
+            self.requests.append([list(tokens), other, computed])
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12), n=st.integers(0, 12))
+    def fail(self, tokens, n):
+        """A step promises blocks to the index, somebody finds them, and then the step fails."""
+        pool, (first, second), known = self.pool, (BlockTable(), BlockTable()), set(self.pool.index)
+        found = pool.match(first, tokens)
+        if pool.grow(first, len(tokens)):
+            evicted = known - set(pool.index)
+            pool.commit(first, tokens, max(found, min(n, len(tokens))))
+            also_found = pool.match(second, tokens)
+            assert also_found == (0 if not pool.prefix_cache else max(found, min(
+                n, len(tokens) - 1) // pool.block_size * pool.block_size))
+            pool.forget(first, found)
+            assert set(pool.index) == known - evicted
+        for table in (second, first):
+            self._release(table)
+
+    @invariant()
+    def the_device_sees_every_table(self):
+        if hasattr(self, "pool"):
+            self.pool.upload()
+            rows = [table.row for _, table, _ in self.requests]
+            assert len(set(rows)) == len(rows) and not set(rows) & set(self.pool.free_rows)
+            for _, table, _ in self.requests:
+                assert self.pool.block_tables_RM[table.row, :len(table.blocks)].tolist() == table.blocks
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -625,7 +672,7 @@ def test_prefix_shards_buffers_and_stored_dtype_make_no_difference(tmp_path, nam
         write_checkpoint(tmp_path / "other", config, tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, shards=3)
     write_checkpoint(tmp_path / "one", config, tensors)
     a, b = (LLM(tmp_path / which, dtype="float32").logits(list(range(50))).cpu() for which in ("one", "other"))
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)   # a race of products may be under way
     expected = plain(config, tensors, list(range(50)))
     assert (a - expected).abs().max() < 1e-4 * expected.abs().max()
 
@@ -1037,19 +1084,35 @@ def lone(tmp_path_factory):
 
 
 def watch(llm):
-    """Check, at every step, the token budget and that no block in sight of two requests is written; returns the steps' tokens."""
-    inner, pool, steps = llm._run, llm.pool, []
+    """Check, at every step, the token budget, that no slot is written twice, and that what each request reads is what it
+    would have written: instead of K and V, each slot holds the tokens that they depend on. Returns the steps' tokens."""
+    inner, pool, steps, memory, own_last = llm._run, llm.pool, [], {}, llm.pool.own_last
 
     def run(chunks):
         steps.append(sum(len(chunk.tokens) for chunk in chunks))
         assert steps[-1] <= llm.scheduler.max_batched_tokens
+        written, S = set(), pool.block_size
         for chunk in chunks:
+            (request,) = [r for r in llm.scheduler.running if r.table.blocks is chunk.blocks]
             for t in range(chunk.start, chunk.start + len(chunk.tokens)):
-                block = chunk.blocks[t // pool.block_size]
-                assert pool.references[block] == 1 and block not in pool.digests
+                slot = chunk.blocks[t // S], t % S
+                assert slot not in written and request.tokens[t] == chunk.tokens[t - chunk.start]
+                written.add(slot)
+                memory[slot] = request.tokens[:t + 1]
+        for request in llm.scheduler.running:
+            chunk = next((c for c in chunks if c.blocks is request.table.blocks), None)
+            for t in range(chunk.start + len(chunk.tokens) if chunk else request.computed):
+                assert memory[request.table.blocks[t // S], t % S] == request.tokens[:t + 1]
         return inner(chunks)
 
-    llm._run = run
+    def copy(table):
+        before, done = table.blocks[-1], own_last(table)
+        for offset in range(pool.block_size):
+            if (before, offset) in memory:
+                memory[table.blocks[-1], offset] = memory[before, offset]
+        return done
+
+    llm._run, pool.own_last = run, copy
     return steps
 
 
@@ -1057,72 +1120,93 @@ def check_pool(llm):
     pool = llm.pool
     held = Counter(b for r in llm.requests.values() for b in r.table.blocks)
     assert [held[b] for b in range(pool.num_blocks)] == pool.references
-    assert len(pool.free) + len(pool.cached) + len(held) == pool.num_blocks
     assert sorted([*pool.free, *pool.cached, *held]) == list(range(pool.num_blocks))
+    stats = llm.stats()
+    assert stats["blocks_free"] + stats["blocks_cached"] + stats["blocks_referenced"] == stats["blocks"] == pool.num_blocks
+    assert all(not r.table.blocks for r in llm.scheduler.waiting)
+    assert len(pool.free_rows) + len(llm.scheduler.running) == len(pool.block_tables_RM)
 
 
-def assert_tokens_do_not_depend_on_company(lone, config, backend, options, spare, arrivals):
+def assert_tokens_do_not_depend_on_company(lone, config, backend, options, spare, arrivals, hopeful):
+    """hopeful: the scheduler believes that every answer will be short, so that the pool runs out and it must preempt."""
     folder, prompts, expected = lone[config]
     S = options["block_size"]
     llm = LLM(folder, attention=backend, dtype="float32", num_blocks=-(-(60 + NEW) // S) + spare, **options)
     watch(llm)
-    outputs, queue, step = {}, sorted(arrivals, key=lambda a: a[1]), 0
+    outputs, queue, step = [], sorted(arrivals, key=lambda a: a[1]), 0
     while queue or llm.requests:
         while queue and queue[0][1] <= step:
-            i, _, n, patience = queue.pop(0)
-            rid = llm.add(prompts[i], SamplingParams(max_tokens=n, ignore_eos=True))
-            outputs[rid] = llm.requests[rid].output, i, n, patience and step + patience
-        for rid, (out, i, n, abort_at) in outputs.items():
+            i, _, n, patience, samples = queue.pop(0)
+            rid = llm.add(prompts[i], SamplingParams(max_tokens=n, ignore_eos=True, n=min(samples, llm.scheduler.max_seqs)))
+            outputs.append((llm.requests[rid].output, i, n, patience and step + patience))
+        for out, _, _, abort_at in outputs:
             if abort_at == step:
-                llm.abort(rid)
+                llm.abort(out.id)
+        if hopeful:
+            llm.scheduler.share = 0.0
         decoding = [(r, r.computed) for r in llm.scheduler.running if r.pending == 1]
         llm.step()
         assert all(r.computed == n + 1 or r.output.finish_reason or r in llm.scheduler.waiting for r, n in decoding)
         order = [r.output.id for r in [*llm.scheduler.running, *llm.scheduler.waiting]]
         assert order == sorted(order), "first come, first served"
+        assert len(llm.scheduler.running) <= llm.scheduler.max_seqs
         check_pool(llm)
         step += 1
         assert step < 3000, "somebody waits for ever"
     assert llm.pool.num_referenced == 0 and not llm.scheduler.running and not llm.scheduler.waiting
-    for out, i, n, _ in outputs.values():
-        if out.finish_reason == "abort":
-            assert out.token_ids == expected[i][:len(out.token_ids)]
-        else:
-            assert (out.token_ids, out.finish_reason) == (expected[i][:n], "length")
+    samples = [sample for out, *_ in outputs for sample in out.samples]
+    stats = llm.stats()
+    assert stats["computed_tokens"] == sum(sample.computed_tokens for sample in samples)
+    if not hopeful and len(samples) == len(outputs):   # everyone uses all of max_tokens, which is what was expected
+        assert stats["preemptions"] == 0
+        for out, i, n, _ in outputs:
+            if out.finish_reason == "length":   # the last token is never run
+                assert out.computed_tokens + out.reused_tokens == len(prompts[i]) + n - 1
+    for out, i, n, _ in outputs:
+        for sample in out.samples:
+            if sample.finish_reason == "abort":
+                assert sample.token_ids == expected[i][:len(sample.token_ids)]
+            else:
+                assert (sample.token_ids, sample.finish_reason) == (expected[i][:n], "length")
 
 
-arrivals = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 12), st.integers(1, NEW), st.one_of(st.none(), st.none(), st.integers(1, 9))),
+arrivals = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 12), st.integers(1, NEW),
+                              st.one_of(st.none(), st.none(), st.integers(1, 9)), st.sampled_from([1, 1, 1, 2, 3])),
                     min_size=1, max_size=9)
 engine_options = st.fixed_dictionaries(dict(block_size=st.integers(1, 17), max_batched_tokens=st.integers(1, 80),
                                             max_seqs=st.integers(1, 9), prefix_cache=st.booleans()))
 
 
 @settings(max_examples=300)
-@given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals)
-def test_tokens_depend_on_the_prompt_alone(lone, config, options, spare, arrivals):
+@given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals,
+       hopeful=st.booleans())
+def test_tokens_depend_on_the_prompt_alone(lone, config, options, spare, arrivals, hopeful):
     """Not on neighbours, arrival, chunk size, block size, preemption, aborts of others or a prefix hit."""
-    assert_tokens_do_not_depend_on_company(lone, config, "torch", options, spare, arrivals)
+    assert_tokens_do_not_depend_on_company(lone, config, "torch", options, spare, arrivals, hopeful)
 
 
 @pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
 @settings(max_examples=6 if DEVICE == "cpu" else 20)
-@given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals)
-def test_tokens_do_not_depend_on_the_attention_backend(lone, config, options, spare, arrivals):
+@given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals,
+       hopeful=st.booleans())
+def test_tokens_do_not_depend_on_the_attention_backend(lone, config, options, spare, arrivals, hopeful):
     options["max_batched_tokens"] += 20
-    assert_tokens_do_not_depend_on_company(lone, config, "triton", options, spare, arrivals[:4])
+    assert_tokens_do_not_depend_on_company(lone, config, "triton", options, spare, arrivals[:4], hopeful)
 
 
 @pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
 @settings(max_examples=8 if DEVICE == "cpu" else 20)
-@given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals)
-def test_tokens_are_the_same_with_cuda_graphs(lone, monkeypatch, config, options, spare, arrivals):
+@given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals,
+       hopeful=st.booleans())
+def test_tokens_are_the_same_with_cuda_graphs(lone, monkeypatch, config, options, spare, arrivals, hopeful):
     """Without a GPU, a stand-in for the graph repeats the step on the batch that stays: padding and refreshing are the same."""
     if DEVICE == "cpu":
         def record(step):
             result = step()
             return lambda: result.copy_(step()), result
         monkeypatch.setattr(nanoserve, "record", record)
-    assert_tokens_do_not_depend_on_company(lone, config, "triton", options | dict(cuda_graphs=True), spare, arrivals)
+    assert_tokens_do_not_depend_on_company(lone, config, "triton", options | dict(cuda_graphs=True), spare, arrivals,
+                                         hopeful)
 
 
 def test_youngest_is_preempted_and_loses_nothing(lone):
@@ -1133,7 +1217,7 @@ def test_youngest_is_preempted_and_loses_nothing(lone):
     requests, seen = [llm.requests[i] for i in ids], []
     order = []
     while llm.requests:
-        before = [r.computed for r in requests]
+        before, llm.scheduler.share = [r.computed for r in requests], 0.0   # it thinks that all will end soon
         llm.step()
         check_pool(llm)
         order += [r.output.id for r, n in zip(requests, before) if r.computed < n and not r.output.finish_reason]
