@@ -26,7 +26,7 @@ import time
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -629,7 +629,7 @@ class Tokenizer:
         self.special = {a["id"] for a in added if a.get("special")}
         self.visible = {i: token for i, token in self.tokens.items() if i not in self.special}
         self.before, self.after, self.normal_form, self.whole = before, after, normal_form, whole
-        self.words = cache(self._encode_word)
+        self.words = lru_cache(1 << 16)(self._encode_word)
         # Added tokens are cut out of the text as it is, or as it is once normalized, special ones only if asked for.
         self.finders = {(special, normalized): self._finder(regex, [
             a for a in added if (special or not a.get("special")) and bool(a.get("normalized")) == normalized])

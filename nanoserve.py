@@ -322,24 +322,29 @@ def sample(logits_BV: Tensor, params: list[SamplingParams], uniforms: list[float
     return [token if ok else -1 for token, ok in zip(chosen, finite)]
 
 
-def process(logits_BV: Tensor, requests: list[Request]) -> tuple[Tensor, dict[Request, str]]:
-    """Logits as the requests' own logits_processor leaves them, and what went wrong in it."""
-    rows, errors = [b for b, request in enumerate(requests) if request.params.logits_processor], {}
-    if not rows:
-        return logits_BV, errors
-    processed_BV = logits_BV.clone()
+def choose(logits_BV: Tensor, requests: list[Request]) -> tuple[list[int], dict[Request, str]]:
+    """A token for each request, and what went wrong instead: in its logits_processor, or in the model."""
+    errors, processed_BV = {}, logits_BV
+    rows = [b for b, request in enumerate(requests) if request.params.logits_processor]
+    if rows:
+        processed_BV = logits_BV.clone()
     for b in rows:
-        request = requests[b]
+        request, logits_V = requests[b], logits_BV[b].clone()
         try:
-            logits_V = request.params.logits_processor(list(request.output.token_ids), logits_BV[b].clone())
+            logits_V = request.params.logits_processor(list(request.output.token_ids), logits_V)
             if not torch.is_tensor(logits_V) or logits_V.shape != logits_BV[b].shape:
                 raise ValueError(f"it gave {str(logits_V)[:50]} and not logits of shape {list(logits_BV[b].shape)}")
             processed_BV[b] = logits_V
-            if not math.isfinite(processed_BV[b].max()):
-                raise ValueError("it left no token to choose: its largest logit must be finite")
+            if not processed_BV[b].max().isfinite():
+                raise ValueError("it left no token to choose: the largest logit must be a finite number")
         except Exception as error:   # anything may happen in a stranger's function
-            processed_BV[b], errors[request] = 0, f"logits_processor: {type(error).__name__}: {error}"
-    return processed_BV, errors
+            processed_BV[b], errors[request] = 0.0, f"logits_processor: {type(error).__name__}: {error}"
+    tokens = sample(processed_BV, [r.params for r in requests], [r.uniform for r in requests]) if requests else []
+    for request, token in zip(requests, tokens):
+        if token < 0:
+            errors[request] = ("the model's logits are not finite: its weights are damaged, "
+                               "or its dtype is too small, so try float32 or bfloat16")
+    return tokens, errors
 
 
 def log_probabilities(logits_V: Tensor, token: int, k: int) -> dict[int, float]:
@@ -535,8 +540,7 @@ class LLM:
             logits_BV = self._run([chunk for _, chunk in plan])
             if len(takers) > len(ready):
                 logits_BV = logits_BV[[row for row, request in enumerate(ready) for _ in request.samples]]
-            processed_BV, errors = process(logits_BV, takers)
-            tokens = sample(processed_BV, [r.params for r in takers], [r.uniform for r in takers]) if takers else []
+            tokens, errors = choose(logits_BV, takers)
             if self.watch:
                 self.watch(plan, takers, tokens, logits_BV)
         except BaseException:
@@ -552,17 +556,14 @@ class LLM:
         if len(takers) > len(ready):
             for request in ready:
                 self.scheduler.fork(request)
-        for row, (request, token) in enumerate(zip(takers, tokens)):
+        for b, (request, token) in enumerate(zip(takers, tokens)):
             out = request.output
             try:
                 if request in errors:
                     raise ValueError(errors[request])
-                if token < 0:
-                    raise ValueError("the model's logits are not finite: its weights are damaged, "
-                                     "or its dtype is too small, so try float32 or bfloat16")
                 request.append(token, self.config.eos, now)
                 if out.logprobs is not None:
-                    out.logprobs.append(log_probabilities(logits_BV[row], token, request.params.logprobs))
+                    out.logprobs.append(log_probabilities(logits_BV[b], token, request.params.logprobs))
             except Exception as error:   # it ends alone
                 out.finish_reason, out.error = "error", str(error) or repr(error)
             if out.finish_reason:
@@ -752,6 +753,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     add("--ignore-eos", action="store_true", help="go on to --max-tokens even if the model ends its text")
+    add("--n", type=int, default=1, metavar="N", help="so many continuations of each prompt (default: 1)")
+    add("--logprobs", type=int, metavar="K", help="with --json: log-probabilities of each token and of the K best")
     add = parser.add_argument_group("engine").add_argument
     add("--block-size", type=int, metavar="N", help="tokens per KV block (default: 64 on a GPU, 16 elsewhere)")
     add("--num-blocks", type=int, metavar="N",
@@ -759,8 +762,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-batched-tokens", type=int, metavar="N",
         help="token budget of a step (default: 4096 on a GPU, 512 elsewhere)")
     add("--max-seqs", type=int, default=64, metavar="N", help="requests that may run at once (default: 64)")
-    add("--json", action="store_true", help="print one JSON object per prompt instead of its text")
-    return parser.parse_args(argv)
+    add("--json", action="store_true", help="print one JSON object per text instead of the text itself")
+    add("--timeline", nargs="?", const="", metavar="FILE.svg",
+        help="then draw who ran in which step, and the pool; to the terminal, or as a picture")
+    args = parser.parse_args(argv)
+    if args.timeline and not args.timeline.endswith(".svg"):
+        parser.error(f"--timeline {args.timeline}: the picture's name must end in .svg")
+    return args
 
 
 def say(line: str, end: str = "\n"):
@@ -803,34 +811,46 @@ def serve(args: argparse.Namespace) -> int:
     """Run the prompts of the command line and print their texts in order, each as it appears."""
     prompts = read_prompts(args)
     params = SamplingParams(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, args.stop,
-                            args.ignore_eos)
+                            args.ignore_eos, args.n, args.logprobs)
     llm = LLM(args.model, args.device, args.dtype, args.attention, args.block_size, args.num_blocks,
               args.max_batched_tokens, args.max_seqs)
+    if args.timeline is not None:
+        from watch import Timeline
+        timeline = Timeline(llm)
     outputs = llm.start(prompts, params)
-    for number, (prompt, out) in enumerate(zip(prompts, outputs), 1):
-        shown = 0
-        if sys.stdout.isatty() and not args.json and not out.error:
-            say(prompt, end="")   # a terminal shows the whole text, a pipe gets only what is new
-        while True:
-            if not args.json and len(out.text) > shown:
-                print(out.text[shown:], end="", flush=True)
-                shown = len(out.text)
-            if out.finish_reason:
-                break
-            llm.step()
-        if args.json:
-            print(json.dumps({"prompt": prompt} | vars(out), ensure_ascii=False), flush=True)
-        elif out.token_ids:
-            print(flush=True)
-        if out.error:
-            say(f"nanoserve.py: prompt {number}: {out.error}")
-        else:
-            say(f"prefill: {out.prompt_tokens} tokens, first token after {out.ttft * 1000:.0f} ms (TTFT) | "
-                f"decode: {len(out.token_ids)} tokens at {out.tps:.0f} per second (TPS) | "
-                f"KV: {out.blocks} blocks of {llm.pool.block_size} tokens")
+    for number, (prompt, first) in enumerate(zip(prompts, outputs), 1):
+        for out in first.samples or [first]:
+            show_text(args, llm, prompt, out)
+            if out.error:
+                say(f"nanoserve.py: prompt {number}: {out.error}")
+            else:
+                say(f"prefill: {out.prompt_tokens} tokens, first token after {out.ttft * 1000:.0f} ms (TTFT) | "
+                    f"decode: {len(out.token_ids)} tokens at {out.tps:.0f} per second (TPS) | "
+                    f"KV: {out.blocks} blocks of {llm.pool.block_size} tokens")
     if args.dtype == "auto" and any(out.token_ids for out in outputs):
         say(f"{llm.dtype}: {llm.dtype_reason}")
-    return 2 if any(out.error for out in outputs) else 0
+    if args.timeline is not None:
+        timeline.show(args.timeline, say if args.json else print)
+    return 2 if any(sample.error for out in outputs for sample in out.samples or [out]) else 0
+
+
+def show_text(args: argparse.Namespace, llm: LLM, prompt: str, out: Output):
+    """Run until this text is complete, and print it as it appears."""
+    shown = 0
+    if sys.stdout.isatty() and not args.json and not out.error:
+        say(prompt, end="")   # a terminal shows the whole text, a pipe gets only what is new
+    while True:
+        if not args.json and len(out.text) > shown:
+            print(out.text[shown:], end="", flush=True)
+            shown = len(out.text)
+        if out.finish_reason:
+            break
+        llm.step()
+    if args.json:
+        record = {key: value for key, value in vars(out).items() if key != "samples"}
+        print(json.dumps({"prompt": prompt} | record, ensure_ascii=False), flush=True)
+    elif out.token_ids:
+        print(flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

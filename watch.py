@@ -1,0 +1,168 @@
+"""Watch the loop decide.
+
+    python nanoserve.py --prompts-file F --timeline              who ran in which step
+    python nanoserve.py --prompts-file F --timeline chart.svg    the same as a picture
+
+`LLM.watch` is called in every step; what it sees is kept here and drawn when all is over. Nothing else
+imports this file: without it the engine runs the same.
+"""
+
+from __future__ import annotations
+
+import shutil
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kernels import Chunk
+from nanoserve import LLM, Output, Request
+
+KINDS = {   # of what may happen to a request in a step: its sign in a terminal, its colour, what it means
+    "waiting": ("·", "#dddddd", "waiting"), "preempted": ("!", "#d62728", "preempted"),
+    "prefill": ("8", "#1f77b4", "prefill of so many tokens"), "hit": ("48+8", "#ffbf00", "after so many found computed"),
+    "decode": ("━", "#7fc97f", "decode"), "end": ("■", "#333333", "last token"), "lost": ("x", "#d62728", "ended early")}
+
+
+class Cell(NamedTuple):
+    """One request in one step."""
+    kind: str           # waiting, preempted, prefill or decode
+    tokens: int = 0     # run in this step
+    found: int = 0      # not run, as their K and V were there: prefix hit
+
+
+class Timeline:
+    """A row per request and a column per step, and under them the pool."""
+
+    def __init__(self, llm: LLM):
+        self.llm, self.rows, self.pool, self.texts = llm, {}, [], {}    # rows: Output -> its cells by step
+        llm.watch = self.record
+
+    def record(self, plan: list[tuple[Request, Chunk]], takers: list[Request], tokens: list[int], logits_BV: Tensor):
+        step, scheduler = len(self.pool), self.llm.scheduler
+        cells = {request: Cell("waiting") for request in (*scheduler.running, *scheduler.waiting)}
+        for request in scheduler.waiting:
+            if step - 1 in self.row(request) and self.row(request)[step - 1].kind not in ("waiting", "preempted"):
+                cells[request] = Cell("preempted")
+        for request, chunk in plan:
+            before = self.row(request).get(step - 1, Cell("waiting")).kind in ("waiting", "preempted")
+            decode = len(chunk.tokens) == 1 and request.output.token_ids
+            cells[request] = Cell("decode" if decode else "prefill", len(chunk.tokens),
+                                  chunk.start if before and not decode else 0)
+        for request, cell in cells.items():
+            self.row(request)[step] = cell
+        stats = self.llm.stats()
+        self.pool.append((stats["blocks_referenced"], stats["blocks_cached"], stats["blocks_free"]))
+
+    def row(self, request: Request) -> dict[int, Cell]:
+        out = request.output
+        if out not in self.rows:
+            prompt, tokenizer = request.tokens[:min(12, out.prompt_tokens)], self.llm.tokenizer
+            text = tokenizer.decode(prompt, True) if tokenizer else " ".join(map(str, prompt))
+            self.rows[out], self.texts[out] = {}, f"{out.id} {' '.join(text.split())[:16]}"
+        return self.rows[out]
+
+    def rows_in_order(self) -> list[tuple[Output, dict[int, Cell]]]:
+        return sorted(self.rows.items(), key=lambda row: row[0].id)
+
+    def ended(self, out: Output, step: int) -> str:
+        """"end" or "lost" if this was the request's last step."""
+        last = step == max(self.rows[out]) and out.finish_reason
+        return ("end" if out.finish_reason in ("stop", "length") else "lost") if last else ""
+
+    @staticmethod
+    def tokens(cell: Cell) -> str:
+        return f"{cell.found}+" * (cell.found > 0) + str(cell.tokens) if cell.kind == "prefill" else ""
+
+    def sign(self, out: Output, step: int) -> str:
+        """What a terminal shows."""
+        cell = self.rows[out].get(step)
+        if not cell:
+            return ""
+        sign = self.tokens(cell) or KINDS[cell.kind][0]
+        ended = self.ended(out, step)
+        return KINDS[ended][0] if ended and sign == "━" else sign + (KINDS[ended][0] if ended else "")
+
+    def text(self, width: int) -> str:
+        """The chart, cut into bands of so many characters. Steps in which the same goes on share a column."""
+        columns, outs = [], [out for out, _ in self.rows_in_order()]
+        for signs, steps in groupby(range(len(self.pool)), lambda step: tuple(self.sign(out, step) for out in outs)):
+            steps = list(steps)
+            runs = [steps] if set(signs) <= {"", "·", "━"} else [[step] for step in steps]
+            for run in runs:
+                head = f"{run[0] + 1}" if len(run) == 1 else f"{run[0] + 1}-{run[-1] + 1}"
+                columns.append([head, *signs, *map(str, self.pool[run[-1]])])
+        names = ["step", *map(self.texts.get, outs), "blocks in use", "cached", "free"]
+        margin, bands, used = max(map(len, names)), [[]], 0
+        for column in columns:
+            size = max(map(len, column))
+            if used + size + 2 > width - margin and bands[-1]:
+                bands.append([])
+                used = 0
+            bands[-1].append([sign * size if sign in ("━", "·") else sign.rjust(size) for sign in column])
+            used += size + 2
+        lines = []
+        for band in bands:
+            rows = [name.ljust(margin) + "".join("  " + column[i] for column in band) for i, name in enumerate(names)]
+            kept = [row for row in rows[1:-3] if row[margin:].strip()]
+            lines += [rows[0], *kept, *rows[-3:], ""]
+        legend = ", ".join(f"{sign} {meaning}" for sign, _, meaning in KINDS.values())
+        return "\n".join(line.rstrip() for line in [*lines, legend])
+
+    def svg(self) -> str:
+        """The chart as a picture: steps with a prefill are wide enough for its number of tokens."""
+        H, left, steps = 20, 150, range(len(self.pool))
+        busy = [any(step in row and row[step].kind == "prefill" for row in self.rows.values()) for step in steps]
+        thin = max(2.0, min(16.0, 1000 / max(1, len(busy))))
+        xs = [left]
+        for wide in busy:
+            xs.append(xs[-1] + (46 if wide else thin))
+        parts, y = [], H
+
+        def box(x, y, width, height, kind, title="", label=""):
+            parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
+                         f'fill="{KINDS[kind][1]}"><title>{escape(title)}</title></rect>')
+            if label:
+                text(x + width / 2, y + height - 3, label, "middle", "white")
+
+        def text(x, y, label, anchor="start", fill="black"):
+            parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}">{escape(label)}</text>')
+
+        for out, row in self.rows_in_order():
+            text(left - 6, y + H - 6, self.texts[out], "end")
+            for step, cell in row.items():
+                x, width = xs[step], xs[step + 1] - xs[step]
+                title = f"step {step + 1}: {cell.kind} {cell.tokens or ''}" + f", {cell.found} found" * (cell.found > 0)
+                box(x, y + 2, width, H - 4, cell.kind, title, self.tokens(cell))
+                if cell.found:
+                    box(x, y + 2, width, 3, "hit", title)
+                if ended := self.ended(out, step):
+                    box(x + width - 2, y, 4, H, ended, out.finish_reason)
+            y += H
+        y, total, height = y + H, self.llm.pool.num_blocks, 60
+        text(left - 6, y + height - 6, f"blocks, of {total}", "end")
+        for step, (used, cached, free) in enumerate(self.pool):
+            x, width, title = xs[step], xs[step + 1] - xs[step], f"step {step + 1}: {used} in use, {cached} cached"
+            box(x, y, width, height, "waiting", f"{title}, {free} free")
+            box(x, y + height * free / total, width, height * cached / total, "hit", title)
+            box(x, y + height * (1 - used / total), width, height * used / total, "decode", title)
+        text(left, y + height + 16, f"{len(self.pool)} steps")
+        x, y = left, y + height + 2 * H
+        for kind, label in (("waiting", "waiting, free"), ("prefill", "prefill, tokens"), ("hit", "prefix hit, cached"),
+                            ("decode", "decode, in use"), ("preempted", "preempted"), ("end", "last token")):
+            box(x, y, 12, 12, kind)
+            text(x + 18, y + 11, label)
+            x += 140
+        size = f'width="{max(xs[-1], x) + 20:.0f}" height="{y + 2 * H}"'
+        return (f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n'
+                f'<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n")
+
+    def show(self, where: str | None, say):
+        """Print the chart line by line with `say`, or write it to a file."""
+        if where:
+            Path(where).write_text(self.svg())
+            return
+        for line in ["", *self.text(shutil.get_terminal_size((100, 24)).columns).split("\n")]:
+            say(line)
