@@ -816,7 +816,7 @@ def serve(args: argparse.Namespace) -> int:
               args.max_batched_tokens, args.max_seqs)
     if args.timeline is not None:
         from watch import Timeline
-        timeline = Timeline(llm)
+        timeline = Timeline(llm, args.timeline)
     outputs = llm.start(prompts, params)
     for number, (prompt, first) in enumerate(zip(prompts, outputs), 1):
         for out in first.samples or [first]:
@@ -830,7 +830,7 @@ def serve(args: argparse.Namespace) -> int:
     if args.dtype == "auto" and any(out.token_ids for out in outputs):
         say(f"{llm.dtype}: {llm.dtype_reason}")
     if args.timeline is not None:
-        timeline.show(args.timeline, say if args.json else print)
+        timeline.show(say if args.json else print)
     return 2 if any(sample.error for out in outputs for sample in out.samples or [out]) else 0
 
 

@@ -20,6 +20,7 @@ import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ import kernels
 import model
 import nanoserve
 import paged_kv
+import watch as watch_loop
 from kernels import Chunk, make_batch
 from nanoserve import LLM, SamplingParams
 from paged_kv import BlockTable, KVPool
@@ -1477,6 +1479,71 @@ def test_admission_learns_how_much_of_max_tokens_is_used(lone):
         llm.step()
         crowd.append(len(llm.scheduler.running))
     assert crowd[0] == 1 and max(crowd) > 5 and llm.stats()["preemptions"] == 0
+
+
+# --- what one can see of it
+
+def test_timeline_shows_what_happened_in_every_step(lone):
+    folder, prompts, _ = lone["llama"]
+    llm = LLM(folder, block_size=4, num_blocks=40, max_batched_tokens=8)
+    timeline = watch_loop.Timeline(llm)
+    llm.generate([prompts[3], prompts[3], prompts[0]], SamplingParams(max_tokens=3, ignore_eos=True))
+    drawn = [re.sub("·+", "·", re.sub("━+", "━", line)).split() for line in timeline.text(100).split("\n")]
+    assert drawn[0][1:] == ["1", "2", "3", "4", "5", "6"]
+    text = " ".join(map(str, prompts[3]))[:16].split()   # 23 tokens: chunks of 8, 8 and 7; the rest of the budget goes on
+    assert drawn[1] == ["0", *text, "8", "8", "7", "━", "■"]
+    assert drawn[2] == ["1", *text, "·", "·", "20+1", "2", "━", "■"], "5 full blocks of the first's are found"
+    assert drawn[3] == ["2", "55", "·", "·", "·", "1", "━", "■"]
+    assert drawn[4:7] == [["blocks", "in", "use", "6", "6", "7", "8", "9", "8"], ["cached", "0", "0", "0", "0", "0", "1"],
+                          ["free", "34", "34", "33", "32", "31", "31"]]
+
+
+def test_timeline_fits_the_terminal_and_loses_no_step(lone):
+    folder, prompts, _ = lone["llama"]
+    llm = LLM(folder, block_size=4, num_blocks=22, max_batched_tokens=12)
+    timeline, preempted, reused = watch_loop.Timeline(llm), 0, 0
+    for i, n in [(4, 1), (4, 3), (0, 1), (7, 1), (2, 1)]:
+        llm.add(prompts[i], SamplingParams(max_tokens=NEW, ignore_eos=True, n=n))
+    while llm.requests:
+        llm.scheduler.share = 0.0
+        if llm.steps == 9:
+            llm.abort(llm.scheduler.running[0].output.id)
+        llm.step()
+    stats = llm.stats()
+    cells = [cell for row in timeline.rows.values() for cell in row.values()]
+    assert stats["preemptions"] and stats["preemptions"] == sum(cell.kind == "preempted" for cell in cells)
+    assert stats["computed_tokens"] == sum(cell.tokens for cell in cells) and stats["steps"] == len(timeline.pool)
+    forked = sum(out.reused_tokens for out in timeline.rows if out.samples[0] is not out)
+    assert stats["reused_tokens"] - forked == sum(cell.found for cell in cells)
+    for width in (40, 80, 1000):
+        chart = timeline.text(width)
+        lines = chart.split("\n")[:-1]   # the last one explains the signs
+        assert max(map(len, lines)) <= width and (chart.count("blocks in use") == 1) == (width == 1000)
+        spans = [span.split("-") for line in lines if line.startswith("step") for span in line.split()[1:]]
+        assert [n for span in spans for n in range(int(span[0]), int(span[-1]) + 1)] == list(range(1, len(timeline.pool) + 1))
+    picture = ElementTree.fromstring(timeline.svg())
+    titles = [title.text or "" for title in picture.iter("{http://www.w3.org/2000/svg}title")]
+    for kind in ("waiting", "preempted", "prefill", "decode"):
+        assert sum(f": {kind}" in title for title in titles) >= sum(cell.kind == kind for cell in cells) > 0
+    assert sum("in use" in title for title in titles) == 3 * len(timeline.pool)
+
+
+def test_timeline_from_the_command_line(tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The cat sat\nOne day, Tom\n")
+    demo = ["--prompts-file", str(prompts), "--max-tokens", "9"]
+    assert nanoserve.main([*demo, "--timeline"]) == 0
+    text, chart = capsys.readouterr().out.split("\n\n", 1)
+    assert "━" not in text and re.search(r"^0 The cat sat +3 +━+ +■$", chart, re.M) and "preempted" in chart
+    assert nanoserve.main([*demo, "--timeline", str(tmp_path / "chart.svg"), "--json", "--n", "2", "--logprobs", "1"]) == 0
+    texts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [t["prompt"] for t in texts] == ["The cat sat"] * 2 + ["One day, Tom"] * 2
+    assert all({"computed_tokens", "reused_tokens"} < t.keys() and len(t["logprobs"]) == 9 for t in texts)
+    assert [t["computed_tokens"] + t["reused_tokens"] for t in texts] == [3 + 8] * 2 + [texts[2]["prompt_tokens"] + 8] * 2
+    ElementTree.parse(tmp_path / "chart.svg")
+    assert exit_code(nanoserve.main, [*demo, "--timeline", "chart.png"]) == 2
+    assert exit_code(nanoserve.main, [*demo, "--timeline", str(tmp_path / "no/chart.svg")]) == 2
+    assert "no/chart.svg cannot be written" in capsys.readouterr().err
 
 
 # --- under pressure, for as long as one likes

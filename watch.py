@@ -36,9 +36,16 @@ class Cell(NamedTuple):
 class Timeline:
     """A row per request and a column per step, and under them the pool."""
 
-    def __init__(self, llm: LLM):
-        self.llm, self.rows, self.pool, self.texts = llm, {}, [], {}    # rows: Output -> its cells by step
+    def __init__(self, llm: LLM, file: str = ""):
+        """file: where `show` draws it; "": it prints it. Raises ValueError if that cannot be written."""
+        self.llm, self.file = llm, file
+        self.rows, self.pool, self.texts = {}, [], {}    # rows: Output -> its cells by step
         llm.watch = self.record
+        try:
+            if file:
+                Path(file).touch()
+        except OSError as error:
+            raise ValueError(f"{file} cannot be written ({error.strerror}): name another file") from None
 
     def record(self, plan: list[tuple[Request, Chunk]], takers: list[Request], tokens: list[int], logits_BV: Tensor):
         step, scheduler = len(self.pool), self.llm.scheduler
@@ -159,10 +166,10 @@ class Timeline:
         return (f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n'
                 f'<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n")
 
-    def show(self, where: str | None, say):
-        """Print the chart line by line with `say`, or write it to a file."""
-        if where:
-            Path(where).write_text(self.svg())
+    def show(self, say):
+        """Print the chart line by line with `say`, or write it to the file."""
+        if self.file:
+            Path(self.file).write_text(self.svg())
             return
         for line in ["", *self.text(shutil.get_terminal_size((100, 24)).columns).split("\n")]:
             say(line)
