@@ -172,10 +172,10 @@ class Scheduler:
     is overtaken, so nobody starves, and as everyone decoding gets a token in every step, nobody stalls.
 
     A request is admitted when the pool can be expected to hold it and everyone running to their ends. How long an
-    answer will get nobody knows: `share` is the part of their max_tokens that requests have used lately, and all
-    of it at first and after a preemption. For if the guess was wrong and no block is left, the youngest gives its
-    blocks back and waits again at the front. Nothing is lost: its tokens are run again as if they were a prompt,
-    less those that the prefix index still knows.
+    answer will get nobody knows: `share` is the part of their max_tokens that requests have used lately, at first
+    all of it. If the guess was wrong and no block is left, the youngest gives its blocks back and waits again at
+    the front. Nothing is lost: its tokens are run again as if they were a prompt, less those that the prefix index
+    still knows. And the guess rises by a half.
     """
 
     def __init__(self, pool: KVPool, max_batched_tokens: int, max_seqs: int):
@@ -242,7 +242,7 @@ class Scheduler:
     def _grow(self, request: Request) -> bool:
         """A slot of its own for the request's next token, if need be by preempting the youngest, perhaps itself."""
         while not (self.pool.grow(request.table, len(request.tokens)) and self.pool.own_last(request.table)):
-            self.share = 1.0
+            self.share = min(1.0, 1.5 * self.share)
             if self._preempt() is request:
                 return False
         return True

@@ -1662,7 +1662,7 @@ def test_soak(pytestconfig):
     seconds, soak, begin, early = 60 * pytestconfig.getoption("--soak-minutes"), Soak(seed=time.time_ns() % 10 ** 6), time.time(), 0
     while time.time() - begin < seconds or soak.counts["requests"] < 30:
         soak.turn()
-        if not early and time.time() - begin > seconds / 4:   # by now all tables, caches and races are there
+        if not early and time.time() - begin > seconds / 2:   # by now all tables, caches and races are there
             early = memory_in_use()
     while soak.llm.requests:
         soak.turn(arrivals=False)
@@ -1670,7 +1670,7 @@ def test_soak(pytestconfig):
     assert not soak.live and not llm.scheduler.running and not llm.scheduler.waiting
     assert llm.pool.num_referenced == 0 and len(llm.pool.free_rows) == len(llm.pool.block_tables_RM)
     print(f"\nsoak: {time.time() - begin:.0f} s, {dict(soak.counts)}, {llm.stats()}, "
-          f"memory {(early + grown) / 2**20:.0f} MiB, {grown / 2**20:+.1f} since the first quarter")
+          f"memory {(early + grown) / 2**20:.0f} MiB, {grown / 2**20:+.1f} since half-time")
     assert grown < 32 << 20
     assert soak.counts["ties"] <= 2 + soak.counts["tokens"] / 10000
 
