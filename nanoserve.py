@@ -453,7 +453,7 @@ class LLM:
         self.requests: dict[int, Request] = {}
         self.finished_elsewhere: list[Output] = []
         self.next_id = self.steps = self.computed_tokens = 0
-        self.watch = None   # called in every step, with what was planned, who got a token, which one, and the logits
+        self.watchers = []   # called in every step, with what was planned, who gets a token, which one, and the logits
 
     def _make_pool(self, block_size, num_blocks, max_seqs, dtype, prefix_cache) -> KVPool:
         """The pool: room for max_seqs full contexts, but at most 80% of a GPU's free memory or a quarter of RAM."""
@@ -541,8 +541,8 @@ class LLM:
             if len(takers) > len(ready):
                 logits_BV = logits_BV[[row for row, request in enumerate(ready) for _ in request.samples]]
             tokens, errors = choose(logits_BV, takers)
-            if self.watch:
-                self.watch(plan, takers, tokens, logits_BV)
+            for watcher in self.watchers:
+                watcher(plan, takers, tokens, logits_BV)
         except BaseException:
             self.scheduler.undo(plan)
             self.finished_elsewhere = grown
@@ -765,6 +765,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="print one JSON object per text instead of the text itself")
     add("--timeline", nargs="?", const="", metavar="FILE.svg",
         help="then draw who ran in which step, and the pool; to the terminal, or as a picture")
+    add("--explain", action="store_true", help="then say what each step computed, where, at what cost, and what came out")
     args = parser.parse_args(argv)
     if args.timeline and not args.timeline.endswith(".svg"):
         parser.error(f"--timeline {args.timeline}: the picture's name must end in .svg")
@@ -814,9 +815,11 @@ def serve(args: argparse.Namespace) -> int:
                             args.ignore_eos, args.n, args.logprobs)
     llm = LLM(args.model, args.device, args.dtype, args.attention, args.block_size, args.num_blocks,
               args.max_batched_tokens, args.max_seqs)
-    if args.timeline is not None:
-        from watch import Timeline
-        timeline = Timeline(llm, args.timeline)
+    watchers = []
+    if args.timeline is not None or args.explain:
+        import watch
+        watchers += [watch.Timeline(llm, args.timeline)] if args.timeline is not None else []
+        watchers += [watch.Explanation(llm)] if args.explain else []
     outputs = llm.start(prompts, params)
     for number, (prompt, first) in enumerate(zip(prompts, outputs), 1):
         for out in first.samples or [first]:
@@ -829,8 +832,8 @@ def serve(args: argparse.Namespace) -> int:
                     f"KV: {out.blocks} blocks of {llm.pool.block_size} tokens")
     if args.dtype == "auto" and any(out.token_ids for out in outputs):
         say(f"{llm.dtype}: {llm.dtype_reason}")
-    if args.timeline is not None:
-        timeline.show(say if args.json else print)
+    for watcher in watchers:
+        watcher.show(say if args.json else print)
     return 2 if any(sample.error for out in outputs for sample in out.samples or [out]) else 0
 
 

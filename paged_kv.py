@@ -34,7 +34,7 @@ class BlockTable:
     """One request's view of the pool: token t lives in block blocks[t // S], slot t % S."""
     blocks: list[int] = field(default_factory=list)
     row: int = -1          # where the device holds a copy of `blocks`; -1: it has none yet
-    known: int = 0         # blocks that have been offered to the index
+    known: int = 0         # blocks that `match` found or `commit` offered to the index
     digests: list[bytes] = field(default_factory=list)   # names of full blocks, worked out once and kept for good
 
 
@@ -182,7 +182,7 @@ class KVPool:
                     self.free[block] = None
         if table.row >= 0:
             self.free_rows.append(table.row)
-        table.blocks, table.row, table.known = [], -1, 0
+        table.blocks, table.row = [], -1
 
     def _take(self, wish: int) -> int:
         """A block that nobody holds: the one wished for, else a free one, else the least recently used cached one, which

@@ -1546,6 +1546,46 @@ def test_timeline_from_the_command_line(tmp_path, capsys):
     assert "no/chart.svg cannot be written" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("backend", ["torch"] + (["triton"] if kernels.load_triton() else []))
+def test_explanation_gives_the_tokens_slots_cost_and_choice_of_each_step(monkeypatch, backend):
+    monkeypatch.setattr(bench, "measured_ceiling", lambda device, dtype: bench.Ceiling(5e11, 2e10))
+    llm = LLM(HERE / "demo/llama", dtype="float32", attention=backend, block_size=4, device="cpu")
+    explanation, lines = watch_loop.Explanation(llm), []
+    (out,) = llm.generate(["The cat sat"], SamplingParams(max_tokens=8))
+    explanation.show(lines.append)
+    text = re.sub(r"\n {6,}", " ", "\n".join(lines))
+    ids = llm.tokenizer.encode("The cat sat")
+    assert re.findall(r"^step (\S+): (.*)$", text, re.M) == [
+        ("1", "1 prefill"), ("2", "1 decode"), ("3", "1 decode"), ("4-6", "decodes like the one before"), ("7", "1 decode"), ("8", "1 decode")]
+    told = [1, 2, 3, 7, 8]   # the first token at position 4 and 8 takes a block
+    tokens = re.findall(r"^  tokens +request 0, position (\S+): (.*)$", text, re.M)
+    assert tokens[0] == ("0-2", f"[{ids[0]} 'The', {ids[1]} ' cat', {ids[2]} ' sat']")
+    assert [int(where) for where, _ in tokens[1:]] == [step + 1 for step in told[1:]]
+    assert [int(what[1:].split()[0]) for _, what in tokens[1:]] == [out.token_ids[step - 2] for step in told[1:]]
+    slots = [list(map(int, slot)) for slot in re.findall(r"slot (\d+) \(block (\d+) x 4 \+ (\d)\)", text)]
+    assert [slot for slot, *_ in slots] == [0, 2] + [step + 1 for step in told[1:]], "a pool all to itself: blocks 0, 1, 2"
+    assert all(slot == block * 4 + offset for slot, block, offset in slots)
+    logits = llm.logits(ids + out.token_ids[:-1])[len(ids) - 1:]
+    for step, line in zip(told, re.findall(r"^  next +(.*)$", text, re.M)):
+        probabilities = logits[step - 1].softmax(-1)
+        for i, p in re.findall(r"\[(\d+) [^]]*\] ([\d.]+)%", line):
+            assert abs(probabilities[int(i)].item() * 100 - float(p)) < 0.1
+        assert int(re.search(r"-> \[(\d+) ", line)[1]) == out.token_ids[step - 1]
+    for step, line in zip(told, re.findall(r"^  cost +(.*)$", text, re.M)):
+        cost = bench.step_cost(llm.config, [(3, 0) if step == 1 else (1, step + 1)], 4)
+        assert line.startswith(f"{cost.flops / 1e6:.1f} MFLOP and {cost.bytes / 1e6:.2f} MB, ") and "balance is 25: memory-bound" in line
+        assert f"{cost.bytes / 2e10 * 1e3:.2f} ms" in line
+    words = {"torch": ["prefill, 3 tokens x 6 heads", "3 query heads of each of 2 KV heads", "in place"],
+             "triton": ["1 tiles of 32 rows (10 tokens x 3 query heads) x 2 KV heads", "1 splits of keys for 1 requests"]}
+    assert all(word in text for word in words[backend]) and max(map(len, "\n".join(lines).split("\n"))) <= 110
+
+
+def test_explanation_from_the_command_line(capsys):
+    assert nanoserve.main(["--prompt", "The cat sat", "--max-tokens", "2", "--explain"]) == 0
+    text, explanation = capsys.readouterr().out.split("\n", 1)
+    assert text == " by the" and explanation.startswith("step 1: 1 prefill\n  tokens     request 0, position 0-2: [")
+
+
 # --- under pressure, for as long as one likes
 
 class Fault(Exception):

@@ -2,23 +2,29 @@
 
     python nanoserve.py --prompts-file F --timeline              who ran in which step
     python nanoserve.py --prompts-file F --timeline chart.svg    the same as a picture
+    python nanoserve.py --prompt "The cat sat" --explain         what each step computes, where, and at what cost
 
-`LLM.watch` is called in every step; what it sees is kept here and drawn when all is over. Nothing else
+`LLM.watchers` are called in every step; what they see is kept here and shown when all is over. Nothing else
 imports this file: without it the engine runs the same.
 """
 
 from __future__ import annotations
 
 import shutil
+import textwrap
 from html import escape
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from kernels import Chunk
-from nanoserve import LLM, Output, Request
+import kernels
+from kernels import Chunk, make_batch
+from model import DTYPES
+
+if TYPE_CHECKING:   # `python nanoserve.py` is not the module nanoserve: importing it would load it twice
+    from nanoserve import LLM, Output, Request
 
 KINDS = {   # of what may happen to a request in a step: its sign in a terminal, its colour, what it means
     "waiting": ("·", "#dddddd", "waiting"), "preempted": ("!", "#d62728", "preempted"),
@@ -40,7 +46,7 @@ class Timeline:
         """file: where `show` draws it; "": it prints it. Raises ValueError if that cannot be written."""
         self.llm, self.file = llm, file
         self.rows, self.pool, self.texts = {}, [], {}    # rows: Output -> its cells by step
-        llm.watch = self.record
+        llm.watchers.append(self.record)
         try:
             if file:
                 Path(file).touch()
@@ -173,3 +179,100 @@ class Timeline:
             return
         for line in ["", *self.text(shutil.get_terminal_size((100, 24)).columns).split("\n")]:
             say(line)
+
+
+class Explanation:
+    """What each step computes, where it puts it, by which kernel, at what cost, and what comes out."""
+
+    def __init__(self, llm: LLM):
+        from bench import measured_ceiling, step_cost
+        self.llm, self.step_cost, self.ceiling = llm, step_cost, measured_ceiling(llm.device, llm.dtype)
+        self.steps: list[tuple[tuple, list[str]]] = []    # what makes a step worth telling, and its lines
+        llm.watchers.append(self.record)
+
+    def record(self, plan: list[tuple[Request, Chunk]], takers: list[Request], tokens: list[int], logits_BV: Tensor):
+        llm, S, lines = self.llm, self.llm.pool.block_size, []
+        for request, chunk in plan:
+            first, last = chunk.start, chunk.start + len(chunk.tokens) - 1
+            slots = [f"slot {chunk.blocks[t // S] * S + t % S} (block {chunk.blocks[t // S]} x {S} + {t % S})"
+                     for t in sorted({first, last})]
+            lines += [f"tokens     request {request.output.id}, position {span(first, last)}: {self.spell(chunk.tokens)}",
+                      f"memory     block table {short(chunk.blocks)}; K and V go to {' to '.join(slots)}"]
+        lines += [f"attention  {line}" for line in describe_attention(llm, [chunk for _, chunk in plan])]
+        cost = self.step_cost(llm.config, [(len(c.tokens), c.start) for _, c in plan], DTYPES[llm.dtype].itemsize)
+        peak, bandwidth = self.ceiling
+        lines.append(f"cost       {cost.flops / 1e6:.1f} MFLOP and {cost.bytes / 1e6:.2f} MB, {cost.flops / cost.bytes:.2g} "
+                     f"FLOP/B where the machine's balance is {peak / bandwidth:.0f}: {self.ceiling.verdict(cost)}-bound, "
+                     f"{self.ceiling.seconds(cost) * 1e3:.2f} ms at least")
+        for request, token, logits_V in zip(takers, tokens, logits_BV):
+            values, ids = logits_V.softmax(-1).topk(4)
+            best = ", ".join(f"{self.spell([i])} {p:.1%}" for i, p in zip(ids.tolist(), values.tolist()))
+            how = "the most likely" if not request.params.temperature else f"drawn by the number {request.uniform:.3f}"
+            lines.append(f"next       {best} -> {self.spell([token]) if token >= 0 else 'none'}, {how}")
+        # A new block is news twice: the second one, and the third as the second is full.
+        kinds = [(request.output.id, len(chunk.tokens) > 1, len(chunk.blocks) == 2) for request, chunk in plan]
+        self.steps.append((tuple(kinds), lines))
+
+    def spell(self, tokens: list[int]) -> str:
+        """Token ids with their texts."""
+        decode = self.llm.tokenizer.decode if self.llm.tokenizer else lambda ids: ""
+        return short([f"{i} {decode([i])!r}" for i in tokens])
+
+    def show(self, say):
+        """Every step that is not like the one before it, and the last one."""
+        told, last = -1, len(self.steps) - 1
+        for i, (kinds, lines) in enumerate(self.steps):
+            if 1 < i < last and (kinds == self.steps[i - 1][0] and not any(prefill for _, prefill, _ in kinds)):
+                continue
+            if i - told > 1:
+                say(f"step {span(told + 2, i)}: decodes like the one before")
+            prefills = sum(prefill for _, prefill, _ in kinds)
+            counts = {"prefill": prefills, "decode": len(kinds) - prefills}
+            say(f"step {i + 1}: {' and '.join(f'{n} {name}' for name, n in counts.items() if n)}")
+            for line in lines:
+                say(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent=13 * " ", break_on_hyphens=False))
+            told = i
+
+
+def span(first: int, last: int) -> str:
+    return f"{first}" if first == last else f"{first}-{last}"
+
+
+def short(things: list) -> str:
+    """A list, without its middle if it is long."""
+    things = [str(thing) for thing in things]
+    return "[" + ", ".join(things if len(things) <= 8 else [*things[:5], "...", *things[-2:]]) + "]"
+
+
+def describe_attention(llm: LLM, chunks: list[Chunk]) -> list[str]:
+    """Which calls or launches serve a step's chunks in every layer, and why these."""
+    c, pool, device = llm.config, llm.pool, llm.device
+    batch, G = make_batch(chunks, pool.block_size, device, pool.block_tables_RM), c.H // c.K
+    n, prompts = batch.num_decodes, chunks[batch.num_decodes:]
+    if llm.model.attention is kernels.attention_triton:
+        lines = []
+        if n:
+            options = kernels.decode_options(c.D, DTYPES[llm.dtype])
+            work = [w for w in kernels.share_out(batch, c.K, c.windows[0], options["TILE"], device) if w[0] >= 0]
+            lines.append(f"decode kernel: {len(work)} splits of keys for {n} requests, to fill "
+                         f"{kernels.multiprocessors_of(device)} multiprocessors, x {c.K} KV heads; each sees its {G} query "
+                         f"heads against tiles of {options['TILE']} keys")
+        if prompts:
+            options = kernels.prefill_options(c.D, G, DTYPES[llm.dtype], kernels.capability_of(device))
+            tiles = len(kernels.plan_prefill(batch, options["ROWS"] // G, device))
+            lines.append(f"prefill kernel: {tiles} tiles of {options['ROWS']} rows ({options['ROWS'] // G} tokens x {G} "
+                         f"query heads) x {c.K} KV heads, each over tiles of {options['TILE']} keys")
+        return lines
+    if llm.model.attention is kernels.attention_naive:
+        return [f"naive: a product per request and head, {len(chunks)} x {c.H} of them"]
+    lines = []
+    for keys in kernels.plan_torch(batch, pool.k_LKNSD[0], c.windows[0], None):
+        rows = keys.rows.stop - keys.rows.start
+        length = keys.run.stop - keys.run.start if keys.run else keys.slots_BKT.shape[-1]
+        what = (f"{rows} decode{'s' * (rows > 1)}, with the {G} query heads of each of {c.K} KV heads as its rows"
+                if keys.decodes else f"prefill, {rows} tokens x {c.H} heads as rows that share every key read")
+        where = ("in place, as the blocks are neighbours" if keys.run else
+                 "gathered and padded to the longest, as one call for many beats many calls" if rows > 1 and keys.decodes
+                 else "gathered, as the blocks are scattered")
+        lines.append(f"a call of PyTorch's fused kernel per layer: {what}; {length} keys, {where}")
+    return lines
