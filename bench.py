@@ -1,4 +1,4 @@
-"""Measure, then compare with what the hardware allows.
+"""Measure, then compare with what the hardware allows. (Read nanoserve.py first.)
 
     python bench.py             the two phases: what prefill and decode cost, and which limit binds each
     python bench.py batch       decode against batch size: why serving many costs little more than serving one
@@ -14,6 +14,10 @@ The two limits: a step does operations and moves bytes, and takes at least opera
 bandwidth, whichever is longer (the roofline, Williams et al. 2009). Operations per byte are the arithmetic intensity
 of a step, peak / bandwidth is the balance of a machine, and the larger of the two says who waits for whom. Ceilings
 are measured on the machine, not read from its brochure.
+
+"The cat sat" on demo/llama in float32: its prefill does 12.2 MFLOP on 8.67 MB, 1.4 operations per byte, and a decode
+step after it 4.3 MFLOP on 8.66 MB, 0.5. Both are far below the balance of any machine: for three tokens and for one,
+what takes time is reading the weights. A prompt of 512 tokens does 223 operations per byte.
 """
 
 from __future__ import annotations

@@ -1,27 +1,28 @@
-"""Attention over paged KV: the same math in two regimes.
+"""Attention over paged KV: the same math in two regimes. (Read paged_kv.py first; next comes model.py.)
 
 Attention is written three times here, with one signature: naive (the definition), torch (any
 device) and Triton (GPUs, or Triton's interpreter on a CPU). All three read K and V through block
 tables, for a ragged batch in which every request brings some query tokens and a longer past.
 
-The idea is online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022). One query
-q meets its keys a tile at a time and keeps three running values, so the T x T scores never exist:
+The idea is online softmax, in seven lines above `_sweep`: queries meet their keys a tile at a time, so
+the T x T scores never exist.
 
-    m' = max(m, max_j s_j)              s_j = scale * q.k_j     the largest score so far
-    a  = exp(m - m')                                            what the old sums are worth now
-    l  = a * l + sum_j exp(s_j - m')                            the softmax's denominator
-    o  = a * o + sum_j exp(s_j - m') v_j                        its numerator
-    ...
-    answer = o / l
+The two regimes, in operations per byte of K and V, two-byte numbers, G query heads per KV head:
 
-The two regimes. Prefill brings many query rows of a request, and each KV tile fetched is used by
-all of them: arithmetic is the limit. Decode brings one row, so every byte of K and V is used once:
-memory bandwidth is the limit, and one row cannot fill a machine, so its keys are cut into splits
-that run side by side. Two partial answers merge by the same recurrence: that is why (o, m, l) is
-all that a split needs to leave behind.
+    prefill    R rows of queries x G     4 R G D operations per key    4 D bytes per key    R G per byte
+    decode     1 row x G                 4 G D operations per key      4 D bytes per key    G per byte
 
-Layout: k_KNSD holds K heads of N blocks of S token slots, so one block of one head is one
-contiguous piece of memory. Token t of a request lives in block block_table[t // S], slot t % S.
+A machine that does 260 operations in the time of a byte (an H100) is busy with the first if R G is 260
+or more, and waits for memory in the second: prefill is bound by arithmetic, decode by bandwidth. Decode
+has another trouble: one row cannot fill a machine. So its keys are cut into splits that run side by
+side, and partial answers merge by the same recurrence: (o, m, l) is all that a split leaves behind.
+
+Nobody keeps q, by the way: a later token asks with its own query, and needs only keys and values.
+
+Layout: k_KNSD holds K heads of N blocks of S token slots, so one block of one head is one contiguous
+piece of memory. Token t of a request lives in block block_table[t // S], slot t % S. "The dog" of
+paged_kv.py, about to run its token 2 (" sat", 479), is Chunk([479], start=2, blocks=[3, 4]): a decode.
+It writes K and V to slot 4 * 2 + 0 = 8 and reads slots 6, 7 and 8.
 """
 
 from __future__ import annotations
@@ -275,6 +276,18 @@ def _start(ROWS: tl.constexpr, D_PAD: tl.constexpr):
     """o, m and l of rows that have seen no key."""
     return tl.zeros([ROWS, D_PAD], tl.float32), tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
 
+
+# Online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022), for one query q:
+#
+#     m, l, o = -inf, 0, 0                       # largest score, sum of weights, weighted sum of values, so far
+#     for K, V in tiles of keys:
+#         s = scale * K @ q
+#         m, a = max(m, max(s)), exp(m - max(m, max(s)))    # a: what the old sums are worth under the new maximum
+#         p = exp(s - m)
+#         l, o = a * l + sum(p), a * o + p @ V
+#     answer = o / l
+#
+# The rescale by a is what makes the order of tiles, and where they are cut, a matter of rounding alone.
 
 @jit
 def _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, position_R, slope_R, start, stop, kv_len, scale,

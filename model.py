@@ -1,4 +1,4 @@
-"""A checkpoint is a config, some tensors and a tokenizer.
+"""A checkpoint is a config, some tensors and a tokenizer. (Read kernels.py first; next comes nanoserve.py.)
 
 Read a Hugging Face folder, refuse by name what is not supported, put the weights on the device, and
 run GPT-2 (Radford et al. 2019) or Llama (Touvron et al. 2023) over a ragged batch. The families are
@@ -10,6 +10,14 @@ the same machine with different parts, and `Model.__call__` shows them side by s
     MLP           down(act(up(x)))               down(act(gate(x)) * up(x))
     heads         one KV head per query head     G query heads share one KV head (GQA)
     biases        everywhere                     nowhere; Qwen2 on q, k, v; Llama as its config says
+
+"The cat sat" through demo/llama (E = 192, H = 6, K = 2, D = 32, I = 512, V = 1024):
+
+    tokens_T [269, 341, 479]    x_TE [3, 192]    5 layers    x_BE [1, 192]    logits [1, 1024]    578 " by"
+    each layer:    norm -> qkv [3, 6 + 2 + 2, 32] -> rotate q and k -> write k, v -> attend -> out [3, 192]
+                   norm -> gate and up [3, 2 x 512] -> silu(gate) * up -> down [3, 192]
+
+Only the last token's row reaches the head: it alone has the whole prompt behind it and a successor to find.
 """
 
 from __future__ import annotations

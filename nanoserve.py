@@ -1,4 +1,4 @@
-"""A server is a loop that decides who runs next.
+"""A server is a loop that decides who runs next. (Read paged_kv.py, kernels.py and model.py first.)
 
     python nanoserve.py --prompt "The cat sat"
 
@@ -168,6 +168,17 @@ class Request:
 class Scheduler:
     """First come, first served, under one token budget per step.
 
+    The budget at work, 6 tokens a step (columns are steps, numbers are prompt tokens, lines decode, dots wait):
+
+        step                   1     2     3     4     5   6-7     8
+        0 The cat sat          3  ━━━━  ━━━━     ■
+        1 Once upon a time     3     3  ━━━━  ━━━━     ■
+        2 The dog           ····     2  ━━━━  ━━━━     ■
+        3 One day, Max wen  ····  ····     3     3     3  ━━━━     ■
+
+    That is `python nanoserve.py --prompt "The cat sat" --prompt "Once upon a time, Tom" --prompt "The dog" --prompt
+    "One day, Max went to the park." --max-batched-tokens 6 --max-tokens 4 --timeline`, which also draws the pool.
+
     `running` and `waiting` are both in order of arrival, and everyone running came before everyone waiting; nobody
     is overtaken, so nobody starves, and as everyone decoding gets a token in every step, nobody stalls.
 
@@ -205,8 +216,8 @@ class Scheduler:
             request = prompts.pop(0)
             table, start, n = request.table, request.computed, min(request.pending, budget)
             if table.blocks:   # else it has just been preempted
-                chunk = Chunk(request.tokens[start:start + n], start, table.blocks, int(n == request.pending), table.row)
-                plan.append((request, chunk))
+                tokens, last = request.tokens[start:start + n], n == request.pending
+                plan.append((request, Chunk(tokens, start, table.blocks, int(last), table.row)))
                 budget -= n
                 pool.commit(table, request.tokens, start + n)
         return plan[:decodes] + sorted(plan[decodes:], key=lambda entry: len(entry[1].tokens) > 1)
@@ -578,7 +589,7 @@ class LLM:
         return self.model(make_batch(chunks, self.pool.block_size, self.device, self.pool.block_tables_RM), self.pool)
 
     def abort(self, request_id: int):
-        """End a request, by the id that `add` gave, and all its samples now; what they produced stays in their outputs."""
+        """End a request, by the id that `add` gave, and its samples now; what they produced stays in their outputs."""
         for request in [r for r in self.requests.values() if r.output.samples[0].id == request_id]:
             request.output.finish_reason = "abort"
             self._drop(request)
@@ -765,7 +776,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="print one JSON object per text instead of the text itself")
     add("--timeline", nargs="?", const="", metavar="FILE.svg",
         help="then draw who ran in which step, and the pool; to the terminal, or as a picture")
-    add("--explain", action="store_true", help="then say what each step computed, where, at what cost, and what came out")
+    add("--explain", action="store_true", help="then say what each step computed, where and at what cost")
     args = parser.parse_args(argv)
     if args.timeline and not args.timeline.endswith(".svg"):
         parser.error(f"--timeline {args.timeline}: the picture's name must end in .svg")

@@ -1,13 +1,18 @@
-"""KV memory is virtual memory.
+"""KV memory is virtual memory. (Read this file first; next comes kernels.py.)
 
 A request's keys and values grow by one token a step, and nobody knows how long they will get. So
 the memory is cut into blocks of S token slots, as an operating system cuts RAM into pages, and each
 request owns a block table: the list of the physical blocks that hold its tokens, in order
 (PagedAttention, Kwon et al. 2023).
 
-    tokens of a request     t0 t1 t2 t3 | t4 t5 t6 t7 | t8 t9          S = 4
-    its block table             7       |      2      |   5            token 9 -> block 5, slot 1
-    the pool                [ 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 | ... ]    N blocks
+    request 0     269 "The"  341 " cat"  |  479 " sat"  578 " by"  |  259 " the"          S = 2
+    its table               0            |             1           |       2
+    request 1     269 "The"  337 " dog"  |  479 " sat"  578 " by"
+    its table               3            |             4               token 2 -> block 4, slot 0
+    the pool      [ The, cat | sat, by | the, - | The, dog | sat, by |  -  |  -  | ... ]  N blocks
+
+(`python nanoserve.py --prompt "The cat sat" --prompt "The dog" --block-size 2 --max-tokens 3 --explain`
+shows these very numbers: the words are tokens of demo/llama, and what is stored are their keys and values.)
 
 Nothing is wasted but the tail of the last block, and nothing needs to be contiguous. A table is
 also what makes sharing possible: two requests with the same beginning can point at the same blocks.
@@ -43,8 +48,8 @@ class KVPool:
 
     k_LKNSD and v_LKNSD are the memory: layer, KV head, block, slot, head size. With heads outside
     blocks, one block of one head is contiguous. The memory starts uninitialised: what no request has
-    written, no request reads. block_tables_RM is what the device sees of the tables in use, of which there
-    may be `max_tables` of `max_blocks` each; `upload` brings it up to date with the few entries that a step has changed.
+    written, no request reads. block_tables_RM is what the device sees of the tables in use, of which there may
+    be `max_tables` of `max_blocks` each; `upload` brings it up to date with the few entries that have changed.
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, num_blocks: int, block_size: int,
@@ -185,8 +190,8 @@ class KVPool:
         table.blocks, table.row = [], -1
 
     def _take(self, wish: int) -> int:
-        """A block that nobody holds: the one wished for, else a free one, else the least recently used cached one, which
-        is forgotten."""
+        """A block that nobody holds: the one wished for, else a free one, else the least recently used cached one,
+        which is forgotten."""
         if wish in self.free:
             block = wish
             del self.free[block]

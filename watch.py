@@ -28,8 +28,8 @@ if TYPE_CHECKING:   # `python nanoserve.py` is not the module nanoserve: importi
 
 KINDS = {   # of what may happen to a request in a step: its sign in a terminal, its colour, what it means
     "waiting": ("·", "#dddddd", "waiting"), "preempted": ("!", "#d62728", "preempted"),
-    "prefill": ("8", "#1f77b4", "prefill of so many tokens"), "hit": ("48+8", "#ffbf00", "after so many found computed"),
-    "decode": ("━", "#7fc97f", "decode"), "end": ("■", "#333333", "last token"), "lost": ("x", "#d62728", "ended early")}
+    "prefill": ("8", "#1f77b4", "prefill of 8 tokens"), "hit": ("48+8", "#ffbf00", "after 48 found computed"),
+    "decode": ("━", "#7fc97f", "decode"), "end": ("■", "#333333", "last token"), "lost": ("x", "#d62728", "cut short")}
 
 
 class Cell(NamedTuple):
@@ -196,18 +196,20 @@ class Explanation:
             first, last = chunk.start, chunk.start + len(chunk.tokens) - 1
             slots = [f"slot {chunk.blocks[t // S] * S + t % S} (block {chunk.blocks[t // S]} x {S} + {t % S})"
                      for t in sorted({first, last})]
-            lines += [f"tokens     request {request.output.id}, position {span(first, last)}: {self.spell(chunk.tokens)}",
+            where = f"request {request.output.id}, position {span(first, last)}"
+            lines += [f"tokens     {where}: {self.spell(chunk.tokens)}",
                       f"memory     block table {short(chunk.blocks)}; K and V go to {' to '.join(slots)}"]
         lines += [f"attention  {line}" for line in describe_attention(llm, [chunk for _, chunk in plan])]
         cost = self.step_cost(llm.config, [(len(c.tokens), c.start) for _, c in plan], DTYPES[llm.dtype].itemsize)
         peak, bandwidth = self.ceiling
-        lines.append(f"cost       {cost.flops / 1e6:.1f} MFLOP and {cost.bytes / 1e6:.2f} MB, {cost.flops / cost.bytes:.2g} "
-                     f"FLOP/B where the machine's balance is {peak / bandwidth:.0f}: {self.ceiling.verdict(cost)}-bound, "
-                     f"{self.ceiling.seconds(cost) * 1e3:.2f} ms at least")
+        bound = self.ceiling.verdict(cost)
+        lines.append(f"cost       {cost.flops / 1e6:.1f} MFLOP / {cost.bytes / 1e6:.2f} MB = {cost.flops / cost.bytes:.2g} "
+                     f"FLOP/B, {'below' if bound == 'memory' else 'above'} the machine's {peak / bandwidth:.0f}: "
+                     f"{bound}-bound, {self.ceiling.seconds(cost) * 1e3:.2f} ms at least")
         for request, token, logits_V in zip(takers, tokens, logits_BV):
-            values, ids = logits_V.softmax(-1).topk(4)
+            values, ids = logits_V.softmax(-1).topk(3)
             best = ", ".join(f"{self.spell([i])} {p:.1%}" for i, p in zip(ids.tolist(), values.tolist()))
-            how = "the most likely" if not request.params.temperature else f"drawn by the number {request.uniform:.3f}"
+            how = f"drawn by {request.uniform:.3f}" if request.params.temperature else "greedy"
             lines.append(f"next       {best} -> {self.spell([token]) if token >= 0 else 'none'}, {how}")
         # A new block is news twice: the second one, and the third as the second is full.
         kinds = [(request.output.id, len(chunk.tokens) > 1, len(chunk.blocks) == 2) for request, chunk in plan]
@@ -255,13 +257,13 @@ def describe_attention(llm: LLM, chunks: list[Chunk]) -> list[str]:
             options = kernels.decode_options(c.D, DTYPES[llm.dtype])
             work = [w for w in kernels.share_out(batch, c.K, c.windows[0], options["TILE"], device) if w[0] >= 0]
             lines.append(f"decode kernel: {len(work)} splits of keys for {n} requests, to fill "
-                         f"{kernels.multiprocessors_of(device)} multiprocessors, x {c.K} KV heads; each sees its {G} query "
-                         f"heads against tiles of {options['TILE']} keys")
+                         f"{kernels.multiprocessors_of(device)} multiprocessors, x {c.K} KV heads; each runs its {G} "
+                         f"query heads against tiles of {options['TILE']} keys")
         if prompts:
             options = kernels.prefill_options(c.D, G, DTYPES[llm.dtype], kernels.capability_of(device))
             tiles = len(kernels.plan_prefill(batch, options["ROWS"] // G, device))
-            lines.append(f"prefill kernel: {tiles} tiles of {options['ROWS']} rows ({options['ROWS'] // G} tokens x {G} "
-                         f"query heads) x {c.K} KV heads, each over tiles of {options['TILE']} keys")
+            rows = options["ROWS"]
+            lines.append(f"prefill kernel: {tiles} tiles of {rows} rows ({rows // G} tokens x {G} query heads) x {c.K} KV heads, each over tiles of {options['TILE']} keys")
         return lines
     if llm.model.attention is kernels.attention_naive:
         return [f"naive: a product per request and head, {len(chunks)} x {c.H} of them"]
@@ -269,10 +271,9 @@ def describe_attention(llm: LLM, chunks: list[Chunk]) -> list[str]:
     for keys in kernels.plan_torch(batch, pool.k_LKNSD[0], c.windows[0], None):
         rows = keys.rows.stop - keys.rows.start
         length = keys.run.stop - keys.run.start if keys.run else keys.slots_BKT.shape[-1]
-        what = (f"{rows} decode{'s' * (rows > 1)}, with the {G} query heads of each of {c.K} KV heads as its rows"
-                if keys.decodes else f"prefill, {rows} tokens x {c.H} heads as rows that share every key read")
-        where = ("in place, as the blocks are neighbours" if keys.run else
-                 "gathered and padded to the longest, as one call for many beats many calls" if rows > 1 and keys.decodes
-                 else "gathered, as the blocks are scattered")
-        lines.append(f"a call of PyTorch's fused kernel per layer: {what}; {length} keys, {where}")
+        what = (f"{rows} decode{'s' * (rows > 1)}, {c.K} KV heads, {G} query rows each" if keys.decodes
+                else f"prefill, {rows} x {c.H} query rows share each key read")
+        where = ("in place (neighbouring blocks)" if keys.run else "gathered (scattered blocks)"
+                 if rows == 1 or not keys.decodes else "gathered, padded to the longest: one call for all")
+        lines.append(f"one fused call per layer: {what}; {length} keys, {where}")
     return lines
