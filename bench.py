@@ -1,7 +1,7 @@
 """Measure, then compare with what the hardware allows. (Read nanoserve.py first.)
 
     python bench.py             the two phases: what prefill and decode cost, and which limit binds each
-    python bench.py batch       decode against batch size: why serving many costs little more than serving one
+    python bench.py batch       decode against batch size: what serving many costs beside serving one
     python bench.py cache       a token's cost with the KV cache and without it
     python bench.py traffic     the bytes of attention, naive and in tiles
     python bench.py estimate    all of this on paper, for a model and a machine that are not here
@@ -13,7 +13,7 @@
 The two limits: a step does operations and moves bytes, and takes at least operations / peak and at least bytes /
 bandwidth, whichever is longer (the roofline, Williams et al. 2009). Operations per byte are the arithmetic intensity
 of a step, peak / bandwidth is the balance of a machine, and the larger of the two says who waits for whom. Ceilings
-are measured on the machine, not read from its brochure.
+are measured on the machine, not read from its brochure, but for `estimate`, whose machines are not here.
 
 "The cat sat" on demo/llama in float32: its prefill does 12.2 MFLOP on 8.67 MB, 1.4 operations per byte, and a decode
 step after it 4.3 MFLOP on 8.66 MB, 0.5. Both are far below the balance of any machine: for three tokens and for one,
@@ -154,22 +154,23 @@ class Cost(NamedTuple):
     bytes: float
 
 
-def step_cost(c: Config, chunks: list[tuple[int, int]], itemsize: int) -> Cost:
-    """Operations and bytes of one step for requests of (new, past) tokens.
+def step_cost(c: Config, chunks: list[tuple[int, int]], itemsize: int, logits: int | None = None) -> Cost:
+    """Operations and bytes of one step for requests of (new, past) tokens, of whom `logits` (None: all) want logits.
 
     Operations: two per weight of a layer and new token; two per weight of the head and request; four per head
     dimension and pair of a query and a key that it sees (q.k and the weighted sum of v). Norms, RoPE and softmax are
     left out: they are a few per mille. Bytes: each of these weights once, for all requests together; K and V of the
     past once, and those of new tokens written and read. Activations stay in caches. (Pope et al. 2022, section 2.)
     """
-    weights, head = layer_weights(c), c.V * c.E
+    weights, head, logits = layer_weights(c), c.V * c.E, len(chunks) if logits is None else logits
     new, pairs, kv = sum(n for n, _ in chunks), 0, 0
     for window in c.windows:
         w = window or c.context
         pairs += sum(min(past + i + 1, w) for n, past in chunks for i in range(n)) if window else sum(
             n * past + n * (n + 1) // 2 for n, past in chunks)
         kv += 2 * c.K * c.D * (sum(min(past, w) for _, past in chunks) + 2 * new)
-    return Cost(2 * new * weights + 2 * len(chunks) * head + 4 * c.H * c.D * pairs, itemsize * (weights + head + kv))
+    return Cost(2 * new * weights + 2 * logits * head + 4 * c.H * c.D * pairs,
+                itemsize * (weights + head * bool(logits) + kv))
 
 
 def layer_weights(c: Config) -> int:
@@ -341,7 +342,9 @@ def batch(args: argparse.Namespace):
                 f"By the roofline decode turns {crossover(c, lab.ceiling, context, lab.itemsize)}. Measured, a "
                 + (f"step of batch {knee} is the first to take more than twice the time of batch 1. " if knee else
                    f"step of batch {sizes[-1]} takes less than twice the time of batch 1. ")
-                + f"A request of {c.context} tokens holds {per_request / 1e6:,.1f} MB of K and V, and this pool "
+                + "By the roofline a decode's cost is reading the weights once for all; where its measured time grows "
+                "sooner, products of a few rows are slow, or each request's own costs are not small beside them. "
+                f"A request of {c.context} tokens holds {per_request / 1e6:,.1f} MB of K and V, and this pool "
                 f"has room for {room // c.context} of them.", ("batch", "tokens/s", "each"))
 
 
@@ -425,8 +428,9 @@ def estimate(args: argparse.Namespace):
          f"{decode.flops / decode.bytes:.2f} FLOP/B"],
         [f"balance of {args.hardware}", f"{m.peak / 1e12:.1f} TFLOP/s / {m.bandwidth / 1e12:.3f} TB/s",
          f"{balance:.0f} FLOP/B"],
-        ["bound on TPS at batch 1", f"{m.bandwidth / 1e12:.3f} TB/s / {decode.bytes / G:.2f} GB" if m.verdict(decode) ==
-         "memory" else f"{m.peak / 1e12:.1f} TFLOP/s / {decode.flops / G:.1f} GFLOP", f"{tps:.0f} tokens/s"],
+        ["its least time", f"{decode.bytes / G:.2f} GB / {m.bandwidth / 1e12:.3f} TB/s" if m.verdict(decode) == "memory"
+         else f"{decode.flops / G:.1f} GFLOP / {m.peak / 1e12:.1f} TFLOP/s", f"{1e3 / tps:.2f} ms"],
+        ["bound on TPS at batch 1", f"1 / {1e3 / tps:.2f} ms", f"{tps:.0f} tokens/s"],
         [f"operations of a prompt of {T}", f"2 x {weights / G:.2f} G x {T} + 2 V E + 2 L H D x {T} x {T + 1}",
          f"{prefill.flops / 1e12:.2f} TFLOP"],
         ["bound on its TTFT", f"{prefill.flops / 1e12:.2f} TFLOP / {m.peak / 1e12:.1f} TFLOP/s" if m.verdict(prefill) ==

@@ -7,22 +7,23 @@ tables, for a ragged batch in which every request brings some query tokens and a
 The idea is online softmax, in seven lines above `_sweep`: queries meet their keys a tile at a time, so
 the T x T scores never exist.
 
-The two regimes, in operations per byte of K and V, two-byte numbers, G query heads per KV head:
+The two regimes. Prefill runs the tokens of a prompt, many at once; decode runs the one token that was sampled
+last. A query row is one query head of one token, and the G query heads that share a KV head share its keys:
 
-    prefill    R rows of queries x G     4 R G D operations per key    4 D bytes per key    R G per byte
-    decode     1 row x G                 4 G D operations per key      4 D bytes per key    G per byte
+    prefill    R rows, tokens x G     4 R D operations per key    2 D numbers, 4 D bytes    R operations per byte
+    decode     G rows, 1 token x G    4 G D operations per key    2 D numbers, 4 D bytes    G operations per byte
 
-A machine that does 260 operations in the time of a byte (an H100) is busy with the first if R G is 260
-or more, and waits for memory in the second: prefill is bound by arithmetic, decode by bandwidth. Decode
-has another trouble: one row cannot fill a machine. So its keys are cut into splits that run side by
-side, and partial answers merge by the same recurrence: (o, m, l) is all that a split leaves behind.
+An H100 does 295 operations in the time of a byte (`python bench.py estimate --hardware h100`): prefill, with
+hundreds of rows, is bound by arithmetic, decode by bandwidth. Decode has another trouble: a few rows cannot fill
+a machine. So its keys are cut into splits that run side by side, and merge by the recurrence of online softmax:
+its three running values are all that a split leaves behind.
 
 Nobody keeps q, by the way: a later token asks with its own query, and needs only keys and values.
 
-Layout: k_KNSD holds K heads of N blocks of S token slots, so one block of one head is one contiguous
-piece of memory. Token t of a request lives in block block_table[t // S], slot t % S. "The dog" of
-paged_kv.py, about to run its token 2 (" sat", 479), is Chunk([479], start=2, blocks=[3, 4]): a decode.
-It writes K and V to slot 4 * 2 + 0 = 8 and reads slots 6, 7 and 8.
+Layout: k_KNSD holds K heads of N blocks of S slots, so one block of one head is one contiguous piece of
+memory. Token t of a request lives in slot block_table[t // S] * S + t % S. "The dog" of paged_kv.py, about
+to run its token 2 (" sat", 479), is Chunk([479], start=2, blocks=[3, 4]): a decode. It writes K and V to
+slot 4 * 2 + 0 = 8 and reads slots 6, 7 and 8.
 """
 
 from __future__ import annotations
@@ -87,9 +88,9 @@ class Chunk:
 class Batch:
     """The chunks of one step, flattened to T tokens of B requests. Build it with `make_batch`.
 
-    Requests with a single query token come first: these `num_decodes` go to the decode kernel, the
-    rest to the prefill kernel, so a mixed step takes one launch of each. All tensors are int64 views
-    of `memory`, which reaches the device in one transfer.
+    Requests with a single query token come first, be it sampled or the rest of a prompt: in Triton these
+    `num_decodes` go to the decode kernel and the others to the prefill kernel, so a mixed step takes one
+    launch of each. All tensors are int64 views of `memory`, which reaches the device in one transfer.
     """
     memory: Tensor
     tokens_T: Tensor           # token ids
@@ -97,9 +98,9 @@ class Batch:
     slots_T: Tensor            # where its K and V go: block * S + offset; -1: nowhere
     query_starts: Tensor       # [B + 1], request b owns rows query_starts[b]:query_starts[b + 1]
     kv_lens: Tensor            # [B], tokens that request b can look back on, its chunk included
-    table_rows: Tensor         # [B], request b has block table block_tables_RM[table_rows[b]]
+    table_rows: Tensor         # [B], request b has block table block_tables_UM[table_rows[b]]
     logit_rows: Tensor         # the rows whose logits are wanted, request by request
-    block_tables_RM: Tensor    # on the device, whoever runs in this step; what lies behind a table's end is not read
+    block_tables_UM: Tensor    # on the device, whoever runs in this step; what lies behind a table's end is not read
     chunks: list[Chunk]
     starts: list[int]          # query_starts, for Python
     lens: list[int]            # kv_lens, for Python
@@ -108,15 +109,15 @@ class Batch:
 
 
 def make_batch(chunks: list[Chunk], block_size: int, device: torch.device | str = "cpu",
-               block_tables_RM: Tensor | None = None) -> Batch:
+               block_tables_UM: Tensor | None = None) -> Batch:
     """Flatten chunks into the index tensors of one step; decodes must come before longer chunks.
 
-    block_tables_RM: the tables as the device holds them (chunk.row says where); None: they are made from chunk.blocks.
+    block_tables_UM: the tables as the device holds them (chunk.row says where); None: they are made from chunk.blocks.
     """
-    if block_tables_RM is None:
+    if block_tables_UM is None:
         tables = [chunk.blocks for chunk in chunks]
         width = max(1, *map(len, tables))
-        block_tables_RM = torch.tensor([table + [0] * (width - len(table)) for table in tables]).to(device)
+        block_tables_UM = torch.tensor([table + [0] * (width - len(table)) for table in tables]).to(device)
         chunks = [replace(chunk, row=row) for row, chunk in enumerate(chunks)]
     S, n = block_size, sum(len(chunk.tokens) == 1 for chunk in chunks)
     decodes, prompts = chunks[:n], chunks[n:]
@@ -136,10 +137,10 @@ def make_batch(chunks: list[Chunk], block_size: int, device: torch.device | str 
         starts.append(len(tokens))
     parts = tokens, positions, slots, starts, lens, [chunk.row for chunk in chunks], logit_rows
     memory = torch.frombuffer(array("q", sum(parts, [])), dtype=torch.int64).to(device)
-    return Batch(memory, *memory.split(list(map(len, parts))), block_tables_RM, chunks, starts, lens, n)
+    return Batch(memory, *memory.split(list(map(len, parts))), block_tables_UM, chunks, starts, lens, n)
 
 
-PADDING = Chunk([0], 0, [])   # a request that owns nothing and writes nowhere, to fill up a captured graph
+PADDING = Chunk([0], 0, [])   # a request that owns nothing and writes nowhere, to fill up a CUDA graph
 
 
 # ---------------------------------------------------------------------------------------------
@@ -150,14 +151,14 @@ def attention_naive(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
     """softmax(scale * q k^T + bias + mask) v in float64, one request and one head at a time; [T, H, D].
 
     A query at position p sees keys at positions (p - window, p]; query head h uses KV head h // G, and
-    with slopes (ALiBi, Press et al. 2022) loses slopes[h] per token of distance. scale > 0. This is
-    what the other two must equal.
+    with slopes (ALiBi, Press et al. 2022) loses slopes[h] per token of distance; no family in model.py
+    has them. scale > 0. This is what the other two must equal.
     """
     out_THD = torch.empty_like(q_THD)
     G = q_THD.shape[1] // k_KNSD.shape[0]
     for b, kv_len in enumerate(batch.lens):
         rows = slice(batch.starts[b], batch.starts[b + 1])
-        table = batch.block_tables_RM[batch.chunks[b].row, :-(-kv_len // k_KNSD.shape[2])]
+        table = batch.block_tables_UM[batch.chunks[b].row, :-(-kv_len // k_KNSD.shape[2])]
         distance = batch.positions_T[rows, None] - torch.arange(kv_len, device=q_THD.device)
         seen = (distance >= 0) & (distance < (window or kv_len))
         for h in range(q_THD.shape[1]):
@@ -190,7 +191,7 @@ def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
     for keys in plan_torch(batch, k_KNSD, window, slopes_H):
         k_BKTD, v_BKTD = keys.take(k_KNSD, 0), keys.take(v_KNSD, 1)
         q_TKGD = q_THD[keys.rows].view(-1, K, H // K, D)
-        if keys.decodes:    # B = T: the G query heads that share a KV head are the rows of its product
+        if keys.decodes:    # B requests of one token: the G query heads that share a KV head are its rows
             o_TKGD = scaled_dot_product_attention(q_TKGD, k_BKTD, v_BKTD, keys.mask, scale=scale)
         else:               # B = 1, and every KV head is seen G times
             k_KGTD, v_KGTD = (x.transpose(0, 1).expand(-1, H // K, -1, -1) for x in (k_BKTD, v_BKTD))
@@ -218,7 +219,7 @@ class Keys(NamedTuple):
         return self.copies[which].view(*self.slots_BKT.shape, D)
 
 
-IN_PLACE = 400_000   # bytes of K and V that take as long to gather as a call of their own takes to make, 15 us
+IN_PLACE = 400_000   # bytes of K and V. To gather fewer takes less than the 15 us of a call of their own
 
 
 def plan_torch(batch: Batch, k_KNSD: Tensor, window: int | None, slopes_H: Tensor | None) -> list[Keys]:
@@ -241,8 +242,9 @@ def plan_torch(batch: Batch, k_KNSD: Tensor, window: int | None, slopes_H: Tenso
             return slice(blocks[0] * S + slot, blocks[0] * S + slot + counts[b])
 
     long, plan = IN_PLACE // (2 * K * D * k_KNSD.element_size()), []
-    calls = [-b if b >= n or count > long and run(b) else max(7, count.bit_length()) for b, count in enumerate(counts)]
-    for _, (b, *others) in itertools.groupby(range(len(calls)), calls.__getitem__):   # equal: they share a call
+    # Neighbours of equal kind share a call: a class of lengths (up to 127 keys, 255, 511, ...), or a kind of one's own.
+    kinds = [-b if b >= n or count > long and run(b) else max(7, count.bit_length()) for b, count in enumerate(counts)]
+    for _, (b, *others) in itertools.groupby(range(len(kinds)), kinds.__getitem__):
         stop, decodes, slots_BKT, copies, mask = b + 1 + len(others), b < n, None, None, None
         rows, place = slice(batch.starts[b], batch.starts[stop]), None if others else run(b)
         whole = decodes or rows.stop - rows.start == batch.lens[b] and not window   # a decode sees all of its keys
@@ -256,7 +258,7 @@ def plan_torch(batch: Batch, k_KNSD: Tensor, window: int | None, slopes_H: Tenso
             mask = torch.where(seen, bias, -torch.inf).to(k_KNSD.dtype)
             if not place:   # a short request is padded with its own last key: no slot of nobody is read
                 key_BT = key_BT.minimum(batch.kv_lens[b:stop, None] - 1)
-                tables_BM = batch.block_tables_RM[batch.table_rows[b:stop], :-(-max(batch.lens[b:stop]) // S)]
+                tables_BM = batch.block_tables_UM[batch.table_rows[b:stop], :-(-max(batch.lens[b:stop]) // S)]
                 slots_BT = (tables_BM[:, :, None] * S + torch.arange(S, device=device)).flatten(1).gather(1, key_BT)
                 slots_BKT = slots_BT[:, None] + torch.arange(0, K * N * S, N * S, device=device)[:, None]
                 copies = k_KNSD.new_empty(2, slots_BKT.numel(), D)
@@ -267,6 +269,11 @@ def plan_torch(batch: Batch, k_KNSD: Tensor, window: int | None, slopes_H: Tenso
 
 # ---------------------------------------------------------------------------------------------
 # Triton
+
+# A kernel is written for one program; a launch runs a grid of them side by side, on the GPU's multiprocessors, and
+# tl.program_id says which one this is. A program computes with tiles: tl.arange makes indices, tl.load and tl.store
+# move tiles between memory (a pointer plus a tile of offsets; what `mask` rules out is not touched) and registers,
+# tl.dot multiplies them on the matrix units. tl.constexpr arguments are compiled in.
 
 PIPELINE = 5   # stages: looking up a block takes three, and two more keep the next tile of K and V on its way
 
@@ -279,15 +286,16 @@ def _start(ROWS: tl.constexpr, D_PAD: tl.constexpr):
 
 # Online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022), for one query q:
 #
-#     m, l, o = -inf, 0, 0                       # largest score, sum of weights, weighted sum of values, so far
+#     m, l, o = -inf, 0, 0                  # largest score, sum of weights, weighted sum of values, so far
 #     for K, V in tiles of keys:
 #         s = scale * K @ q
-#         m, a = max(m, max(s)), exp(m - max(m, max(s)))    # a: what the old sums are worth under the new maximum
-#         p = exp(s - m)
+#         new = max(m, max(s))
+#         a, p, m = exp(m - new), exp(s - new), new        # a: what the old sums are worth under the new maximum
 #         l, o = a * l + sum(p), a * o + p @ V
 #     answer = o / l
 #
-# The rescale by a is what makes the order of tiles, and where they are cut, a matter of rounding alone.
+# The rescale by a makes the order of tiles, and where they are cut, a matter of rounding alone. In the kernel exp is
+# exp2, which is one instruction, and its factor log2(e) is folded into the scale.
 
 @jit
 def _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, position_R, slope_R, start, stop, kv_len, scale,
@@ -350,8 +358,8 @@ def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, slopes_ptr, tables_ptr, query_
 
     Computes: rows of the chunk, ROWS // G tokens times the G query heads that share this KV head.
     Cost: 4 * ROWS * keys * D operations for 2 * keys * D elements of K and V, ROWS operations per byte in
-    two-byte types. Bound: arithmetic. An H100 can do about 260 operations per byte of its memory; the L2
-    cache, in which the tiles of one request find the same K and V, makes up for what 128 rows lack.
+    two-byte types. Bound: arithmetic. An H100 can do 295 operations per byte of its memory; the L2 cache, in
+    which the tiles of one request find the same K and V, makes up for what 128 rows lack.
     Tile: as many rows as the registers hold, for o_RD is [ROWS, D] float32; TILE keys feed one pass of the
     matrix units. Wins on long chunks; loses on chunks of a few tokens, whose rows it fills with nothing.
     """
@@ -458,7 +466,7 @@ def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_pt
 @jit
 def _write_kv_kernel(k_ptr, v_ptr, k_pool_ptr, v_pool_ptr, slots_ptr, k_stride, v_stride, head_stride,
                      K: tl.constexpr, K_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """One token's K and V, all heads, into its slot; none for the padding of a captured graph (slot -1)."""
+    """One token's K and V, all heads, into its slot; none for the padding of a CUDA graph (slot -1)."""
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + t)
     if slot >= 0:
@@ -488,13 +496,13 @@ def attention_triton(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch
         ROWS, options = max(16, triton.next_power_of_2(G)), decode_options(D, q_THD.dtype)
         work, o, m, l, arrived = plan_decode(batch, H, K, D, window, options["TILE"], q_THD.device)
         _decode_kernel[(len(work), K)](
-            q_THD, out_THD, o, m, l, arrived, k_KNSD, v_KNSD, slopes_H, batch.block_tables_RM, batch.kv_lens, work,
+            q_THD, out_THD, o, m, l, arrived, k_KNSD, v_KNSD, slopes_H, batch.block_tables_UM, batch.kv_lens, work,
             q_THD.stride(0), N * S * D, scale * LOG2E.value, **shape, ROWS=ROWS, **options)
     if n < len(batch.chunks):
         options = prefill_options(D, G, q_THD.dtype, capability_of(q_THD.device))
         work = plan_prefill(batch, options["ROWS"] // G, q_THD.device)
         _prefill_kernel[(len(work), K)](
-            q_THD, out_THD, k_KNSD, v_KNSD, slopes_H, batch.block_tables_RM, batch.query_starts, batch.kv_lens, work,
+            q_THD, out_THD, k_KNSD, v_KNSD, slopes_H, batch.block_tables_UM, batch.query_starts, batch.kv_lens, work,
             q_THD.stride(0), N * S * D, scale * LOG2E.value, **shape, **options)
     return out_THD
 
@@ -548,27 +556,28 @@ def share_out(batch: Batch, K: int, window: int | None, TILE: int, device) -> li
     and number of splits.
 
     From the work and the number of multiprocessors alone: all tiles of keys of all decodes are shared out over
-    two programs per multiprocessor. A long request gets many splits, a large batch of short ones gets one each,
-    and no batch size changes the rule. The list is padded to the length that it can have at most for so many requests,
-    so that a captured graph fits every step.
+    two programs per multiprocessor, of which one computes while the other waits for memory. A long request gets many
+    splits, a large batch of short ones gets one each. No batch size changes the rule, as it says little about the
+    work: eight requests of 100 keys and eight of 100,000 are both eight. The list is padded to the length that it
+    can have at most for so many requests (each may round up by one), so that a CUDA graph fits every step.
     """
     processors = multiprocessors_of(device)
     lens = batch.lens[:batch.num_decodes]
     begins = [max(0, length - window) // TILE * TILE if window else 0 for length in lens]
     tiles = [-(-(length - begin) // TILE) for begin, length in zip(begins, lens)]
-    share = max(1, -(-sum(tiles) * K // (2 * processors)))     # tiles per split, at most
+    per_split = max(1, -(-sum(tiles) * K // (2 * processors)))
     work = []
     for b, (begin, count, length) in enumerate(zip(begins, tiles, lens)):
-        splits = -(-count // share)
+        splits = -(-count // per_split)
         cuts = [begin + TILE * (count * i // splits) for i in range(splits)] + [length]
-        table = batch.chunks[b].row * batch.block_tables_RM.shape[1]
+        table = batch.chunks[b].row * batch.block_tables_UM.shape[1]
         work += [(b, table, *cuts[i:i + 2], len(work), splits) for i in range(splits)]
     most = 2 * processors // K + len(lens)
     return work + [(-1, 0, 0, 0, 0, 0)] * (most - len(work))
 
 
 def refresh(static: Batch, batch: Batch, K: int):
-    """Put a step of as many requests into the batch that a captured graph reads."""
+    """Put a step of as many requests into the batch that a CUDA graph reads."""
     static.memory[:len(batch.memory)].copy_(batch.memory)
     for (_, window, TILE), (work, *_) in static.plans.items():
         work.copy_(torch.tensor(share_out(batch, K, window, TILE, work.device), dtype=torch.int32))
@@ -581,7 +590,7 @@ def plan_prefill(batch: Batch, tokens_per_tile: int, device) -> Tensor:
         work = []
         for b in range(batch.num_decodes, len(batch.chunks)):
             q_len = len(batch.chunks[b].tokens)
-            table = batch.chunks[b].row * batch.block_tables_RM.shape[1]
+            table = batch.chunks[b].row * batch.block_tables_UM.shape[1]
             work += [(batch.lens[b] - q_len + first, b, table, first) for first in range(0, q_len, tokens_per_tile)]
         work = [tile for _, *tile in sorted(work, reverse=True)]
         batch.plans["prefill"] = torch.tensor(work, dtype=torch.int32).to(device)

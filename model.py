@@ -263,7 +263,7 @@ class Part:
     """One weight of the model: [out, in], or [out] for a norm, and its bias [out] or None."""
     weight: Tensor
     bias: Tensor | None = None
-    ways: dict = field(default_factory=dict)   # how to multiply so many rows by it (bits of rows - 1), once known
+    ways: dict = field(default_factory=dict)   # (rows - 1).bit_length() -> how to multiply so many by it, once known
 
 
 class Checkpoint:
@@ -564,7 +564,10 @@ def norm(x_TE: Tensor, part: Part, eps: float) -> Tensor:
 
 
 def rotate(x_THD: Tensor, turns_T1P: Tensor) -> Tensor:
-    """RoPE: a pair of a head's dimensions is a complex number, turned by its position times the pair's frequency."""
+    """RoPE: a pair of a head's dimensions is a complex number, turned by its position times the pair's frequency.
+
+    Checkpoints store a pair D / 2 apart; `empty_weights` puts their rows of q and k side by side: q.k is the same.
+    """
     x_THP = torch.view_as_complex(x_THD.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(x_THP * turns_T1P).flatten(-2).type_as(x_THD)
 

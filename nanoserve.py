@@ -25,7 +25,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 if __name__ == "__main__":   # Ctrl-C during the slow imports ends the process quietly; `main` then takes over
@@ -62,22 +62,18 @@ class SamplingParams:
         if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop is {self.stop!r}: it must be a string or several, none of them empty")
         object.__setattr__(self, "stop", tuple(stop))
-        if not is_int(self.max_tokens) or self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}: it must be a whole number, 1 or more")
-        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}: it must be 0 (greedy) or more")
-        if not is_int(self.top_k) or self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}: it must be a whole number, 0 (off) or more")
-        if not isinstance(self.top_p, (int, float)) or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
-        if self.seed is not None and not is_int(self.seed):
-            raise ValueError(f"seed is {self.seed!r}: it must be a whole number or None")
-        if not is_int(self.n) or self.n < 1:
-            raise ValueError(f"n is {self.n}: it must be a whole number, 1 or more")
-        if self.logprobs is not None and (not is_int(self.logprobs) or self.logprobs < 0):
-            raise ValueError(f"logprobs is {self.logprobs}: it must be a whole number, 0 or more, or None")
-        if self.logits_processor is not None and not callable(self.logits_processor):
-            raise ValueError(f"logits_processor is {self.logits_processor!r}: it must be a function or None")
+        number, top_p = isinstance(self.temperature, (int, float)), isinstance(self.top_p, (int, float)) and self.top_p
+        for name, fits, kind in (
+                ("max_tokens", is_int(self.max_tokens) and self.max_tokens > 0, "a whole number, 1 or more"),
+                ("temperature", number and 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+                ("top_k", is_int(self.top_k) and self.top_k >= 0, "a whole number, 0 (off) or more"),
+                ("top_p", 0 < top_p <= 1, "above 0 and at most 1"),
+                ("seed", self.seed is None or is_int(self.seed), "a whole number or None"),
+                ("n", is_int(self.n) and self.n > 0, "a whole number, 1 or more"),
+                ("logprobs", self.logprobs is None or is_int(self.logprobs) and self.logprobs >= 0, "None, 0 or more"),
+                ("logits_processor", self.logits_processor is None or callable(self.logits_processor), "a function")):
+            if not fits:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be {kind}")
 
 
 def is_int(value) -> bool:
@@ -107,13 +103,14 @@ class Request:
     """A prompt on its way to becoming a text: its tokens, and how many of them have K and V in the pool."""
     tokens: list[int]              # the prompt, then every sampled token
     params: SamplingParams
-    limit: int                     # it ends with so many tokens in all
+    limit: int                     # it ends with so many tokens in all, more than its prompt; the last is never run
     output: Output
     random: random.Random          # one number per sampled token, so neighbours cannot disturb it
     decode: object                 # token -> the characters it completes, or None without a tokenizer
     arrived: float
-    samples: list[Request] = field(default_factory=list)   # who takes a token from its prompt: until then itself and
-    table: BlockTable = field(default_factory=BlockTable)  # its n - 1 siblings, from then on itself alone
+    # Who takes a token when it is computed: with its prompt itself and its n - 1 siblings, from then on itself alone.
+    samples: list[Request] = field(default_factory=list)
+    table: BlockTable = field(default_factory=BlockTable)
     computed: int = 0
     admitted: bool = False         # for the first time
     unshown: str = ""              # text that may yet turn out to be the beginning of a stop string
@@ -180,13 +177,15 @@ class Scheduler:
     "One day, Max went to the park." --max-batched-tokens 6 --max-tokens 4 --timeline`, which also draws the pool.
 
     `running` and `waiting` are both in order of arrival, and everyone running came before everyone waiting; nobody
-    is overtaken, so nobody starves, and as everyone decoding gets a token in every step, nobody stalls.
+    is overtaken, so nobody starves. Everyone decoding gets a token in every step, unless it is preempted.
 
     A request is admitted when the pool can be expected to hold it and everyone running to their ends. How long an
-    answer will get nobody knows: `share` is the part of their max_tokens that requests have used lately, at first
-    all of it. If the guess was wrong and no block is left, the youngest gives its blocks back and waits again at
-    the front. Nothing is lost: its tokens are run again as if they were a prompt, less those that the prefix index
-    still knows. And the guess rises by a half.
+    answer will get nobody knows: `usage` is the part of what they were allowed (max_tokens, or less if the context
+    is short) that requests have used lately, at first all of it. A prompt gets all its blocks when it is admitted,
+    so the pool cannot run out in the middle of its chunks. It runs out when answers grow longer than expected: then
+    the youngest of the running, decoding or still in its chunks, is preempted. It gives its blocks back and waits
+    again at the front, and `usage` is multiplied by 1.5. Nothing is lost: its tokens are run again as if they were
+    a prompt, less those that the prefix index still knows.
     """
 
     def __init__(self, pool: KVPool, max_batched_tokens: int, max_seqs: int):
@@ -194,8 +193,8 @@ class Scheduler:
         self.max_seqs = min(max_seqs, max_batched_tokens)   # so that a step has a token for everyone who decodes
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.full = False          # the first in the queue was refused, and nothing has been given back since
-        self.share = 1.0
+        self.refused = False       # the first in the queue did not fit, and no block has been given back since
+        self.usage = 1.0
         self.preemptions = self.reused_tokens = 0
 
     def schedule(self) -> list[tuple[Request, Chunk]]:
@@ -206,7 +205,9 @@ class Scheduler:
             length, table = len(request.tokens), request.table
             if length - request.computed > 1:
                 prompts.append(request)
-            elif length <= len(table.blocks) * S and pool.references[table.blocks[-1]] == 1 or self._grow(request):
+                continue
+            has_slot = length <= len(table.blocks) * S and pool.references[table.blocks[-1]] == 1   # and to itself
+            if has_slot or self._make_slot(request):
                 plan.append((request, Chunk([request.tokens[-1]], length - 1, table.blocks, 1, table.row)))
                 if length % S == 0:
                     pool.commit(table, request.tokens, length)
@@ -220,11 +221,12 @@ class Scheduler:
                 plan.append((request, Chunk(tokens, start, table.blocks, int(last), table.row)))
                 budget -= n
                 pool.commit(table, request.tokens, start + n)
+        # The last token of a prompt may be a chunk of its own: like a decode, and to be served with them.
         return plan[:decodes] + sorted(plan[decodes:], key=lambda entry: len(entry[1].tokens) > 1)
 
     def _admit(self, prompts: list[Request]) -> bool:
         """Move the first in the queue to the running, if it can be expected to fit."""
-        if not self.waiting or self.full:
+        if not self.waiting or self.refused:
             return False
         request = self.waiting[0]
         if sum(len(r.samples) for r in self.running) + len(request.samples) > self.max_seqs:
@@ -233,7 +235,7 @@ class Scheduler:
         need = sum(map(self._expected, self.running)) + self._expected(request)
         if self.running and need > self.pool.available:
             self.release(request)
-            self.full = True
+            self.refused = True
             return False
         assert self.pool.grow(request.table, len(request.tokens), request.limit), "a lone request always fits"
         self.reused_tokens += request.computed
@@ -244,16 +246,17 @@ class Scheduler:
         return True
 
     def _expected(self, request: Request) -> int:
-        """Blocks that a request and its samples to come are expected to need beyond those that it holds."""
+        """Blocks that a request and its samples to come are expected to need beyond those that it holds: the full
+        ones in common, and from there on each its own."""
         prompt, common = request.output.prompt_tokens, len(request.tokens) // self.pool.block_size
-        end = max(len(request.tokens) + 1, prompt + math.ceil(self.share * (request.limit - prompt)))
+        end = max(len(request.tokens) + 1, prompt + math.ceil(self.usage * (request.limit - prompt)))
         each = self.pool.blocks_for(min(end, request.limit)) - common
         return common + len(request.samples) * each - len(request.table.blocks)
 
-    def _grow(self, request: Request) -> bool:
+    def _make_slot(self, request: Request) -> bool:
         """A slot of its own for the request's next token, if need be by preempting the youngest, perhaps itself."""
         while not (self.pool.grow(request.table, len(request.tokens)) and self.pool.own_last(request.table)):
-            self.share = min(1.0, 1.5 * self.share)
+            self.usage = min(1.0, 1.5 * self.usage)
             if self._preempt() is request:
                 return False
         return True
@@ -270,7 +273,7 @@ class Scheduler:
         at = self.running.index(request)
         self.running[at:at + 1] = request.samples
         for sample in request.samples[1:]:
-            self.pool.share(request.table, sample.table)
+            self.pool.fork(request.table, sample.table)
             sample.computed, sample.admitted, sample.output.reused_tokens = request.computed, True, request.computed
             self.reused_tokens += request.computed
         request.samples = [request]
@@ -285,17 +288,17 @@ class Scheduler:
     def release(self, request: Request):
         """Give the request's blocks back; what it computed may be found again in the prefix cache."""
         self.pool.release(request.table)
-        request.computed, self.full = 0, False
+        request.computed, self.refused = 0, False
 
     def remove(self, request: Request):
-        """Forget a request that has ended."""
+        """Forget a request that has ended, and learn how much of its allowance it has used (a moving average)."""
         out = request.output
         for queue in (self.running, self.waiting):
             if request in queue:   # else it was to fork from one that was aborted
                 queue.remove(request)
                 break
         if out.finish_reason in ("stop", "length"):
-            self.share += 0.1 * (len(out.token_ids) / (request.limit - out.prompt_tokens) - self.share)
+            self.usage += 0.1 * (len(out.token_ids) / (request.limit - out.prompt_tokens) - self.usage)
         out.blocks = len(request.table.blocks)
         self.release(request)
 
@@ -372,7 +375,8 @@ class DecodeGraphs:
     """Decode steps recorded once per batch size and replayed: the GPU does not wait for Python to launch kernels.
 
     A graph repeats its launches on the same memory, so everything that changes between steps is copied into
-    a batch that stays, and a step of 5 requests runs as one of 8, with padding that owns nothing.
+    a batch that stays, and a step of 5 requests runs as one of 8. The other three are padding: token 0 of a
+    request that owns nothing, which writes no K and V and reads none. What comes out for it is thrown away.
     """
 
     def __init__(self, model: Model, pool: KVPool, device: torch.device):
@@ -385,11 +389,11 @@ class DecodeGraphs:
         n = len(chunks)
         size = 1 << (n - 1).bit_length() if n <= 8 else -(-n // 8) * 8    # 1, 2, 4, 8, 16, 24, ...
         if size not in self.recorded:
-            static = make_batch([kernels.PADDING] * size, self.pool.block_size, self.device, self.pool.block_tables_RM)
+            static = make_batch([kernels.PADDING] * size, self.pool.block_size, self.device, self.pool.block_tables_UM)
             self.recorded[size] = static, *record(lambda: self.model(static, self.pool))
         static, replay, logits_BV = self.recorded[size]
         batch = make_batch(chunks + [kernels.PADDING] * (size - n), self.pool.block_size, "cpu",
-                           self.pool.block_tables_RM)
+                           self.pool.block_tables_UM)
         kernels.refresh(static, batch, self.model.config.K)
         replay()
         return logits_BV[:n]
@@ -586,7 +590,7 @@ class LLM:
         self.pool.upload()
         if self.graphs and all(len(chunk.tokens) == 1 == chunk.logits for chunk in chunks):
             return self.graphs.run(chunks)
-        return self.model(make_batch(chunks, self.pool.block_size, self.device, self.pool.block_tables_RM), self.pool)
+        return self.model(make_batch(chunks, self.pool.block_size, self.device, self.pool.block_tables_UM), self.pool)
 
     def abort(self, request_id: int):
         """End a request, by the id that `add` gave, and its samples now; what they produced stays in their outputs."""
@@ -674,7 +678,7 @@ class LLM:
                 chunk = tokens[start:start + self.scheduler.max_batched_tokens]
                 self.pool.upload()
                 batch = make_batch([Chunk(chunk, start, table.blocks, len(chunk), table.row)], self.pool.block_size,
-                                   self.device, self.pool.block_tables_RM)
+                                   self.device, self.pool.block_tables_UM)
                 rows.append(self.model(batch, self.pool))
         finally:
             self.pool.release(table)
@@ -822,8 +826,8 @@ def decode_utf8(data: bytes, source: str) -> str:
 def serve(args: argparse.Namespace) -> int:
     """Run the prompts of the command line and print their texts in order, each as it appears."""
     prompts = read_prompts(args)
-    params = SamplingParams(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, args.stop,
-                            args.ignore_eos, args.n, args.logprobs)
+    params = SamplingParams(**{field.name: getattr(args, field.name) for field in fields(SamplingParams)
+                               if field.name in args})
     llm = LLM(args.model, args.device, args.dtype, args.attention, args.block_size, args.num_blocks,
               args.max_batched_tokens, args.max_seqs)
     watchers = []

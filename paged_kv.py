@@ -1,14 +1,14 @@
 """KV memory is virtual memory. (Read this file first; next comes kernels.py.)
 
 A request's keys and values grow by one token a step, and nobody knows how long they will get. So
-the memory is cut into blocks of S token slots, as an operating system cuts RAM into pages, and each
+the memory is cut into blocks of S slots, one per token, as an operating system cuts RAM into pages, and each
 request owns a block table: the list of the physical blocks that hold its tokens, in order
 (PagedAttention, Kwon et al. 2023).
 
     request 0     269 "The"  341 " cat"  |  479 " sat"  578 " by"  |  259 " the"          S = 2
     its table               0            |             1           |       2
     request 1     269 "The"  337 " dog"  |  479 " sat"  578 " by"
-    its table               3            |             4               token 2 -> block 4, slot 0
+    its table               3            |             4               token 2 -> block 4, slot 4 * 2 + 0 = 8
     the pool      [ The, cat | sat, by | the, - | The, dog | sat, by |  -  |  -  | ... ]  N blocks
 
 (`python nanoserve.py --prompt "The cat sat" --prompt "The dog" --block-size 2 --max-tokens 3 --explain`
@@ -36,7 +36,7 @@ import torch
 
 @dataclass
 class BlockTable:
-    """One request's view of the pool: token t lives in block blocks[t // S], slot t % S."""
+    """One request's view of the pool: token t lives in slot blocks[t // S] * S + t % S."""
     blocks: list[int] = field(default_factory=list)
     row: int = -1          # where the device holds a copy of `blocks`; -1: it has none yet
     known: int = 0         # blocks that `match` found or `commit` offered to the index
@@ -46,9 +46,9 @@ class BlockTable:
 class KVPool:
     """N blocks of S token slots for every layer and KV head, and who holds which.
 
-    k_LKNSD and v_LKNSD are the memory: layer, KV head, block, slot, head size. With heads outside
+    k_LKNSD and v_LKNSD are the memory: layer, KV head, block, offset, head size. With heads outside
     blocks, one block of one head is contiguous. The memory starts uninitialised: what no request has
-    written, no request reads. block_tables_RM is what the device sees of the tables in use, of which there may
+    written, no request reads. block_tables_UM is what the device sees of the tables in use, of which there may
     be `max_tables` of `max_blocks` each; `upload` brings it up to date with the few entries that have changed.
     """
 
@@ -65,7 +65,7 @@ class KVPool:
         self.frontier = 0                                     # the end of the last neighbours found for a new table
         self.index: dict[bytes, int] = {}                     # digest of a whole prefix -> block with its last S tokens
         self.digests: dict[int, bytes] = {}                   # the index, read the other way
-        self.block_tables_RM = torch.zeros(max_tables, max_blocks or num_blocks, dtype=torch.int64, device=device)
+        self.block_tables_UM = torch.zeros(max_tables, max_blocks or num_blocks, dtype=torch.int64, device=device)
         self.free_rows = list(range(max_tables))
         self.changed: dict[tuple[int, int], int] = {}         # (row, entry) -> block, not yet on the device
 
@@ -100,8 +100,9 @@ class KVPool:
     def grow(self, table: BlockTable, num_tokens: int, limit: int = 0) -> bool:
         """Give the table blocks for so many tokens in all. False, and nothing changed, if too few are left.
 
-        limit: tokens that it may have one day. A device without a kernel that walks block tables reads neighbours as
-        one piece, so a table should find the block beside its last one free when it grows.
+        Any block would do. But PyTorch's attention, which cannot walk a block table, reads blocks that are neighbours
+        as one piece and must copy others together first. So a table wishes for the block beside its last one, and a
+        new one begins where as many neighbours are free as it may need one day, for `limit` tokens.
         """
         need = self.blocks_for(num_tokens) - len(table.blocks)
         if need > self.available:
@@ -116,7 +117,7 @@ class KVPool:
             wish = table.blocks[-1] + 1
         return True
 
-    def share(self, table: BlockTable, other: BlockTable):
+    def fork(self, table: BlockTable, other: BlockTable):
         """Let an empty table hold all blocks of `table`. Before either writes into the last one: `own_last`."""
         for block in table.blocks:
             self._append(other, block)
@@ -145,12 +146,13 @@ class KVPool:
     def upload(self):
         """Tell the device which entries of its block tables have changed."""
         if self.changed:
-            at = torch.tensor(list(self.changed)).T.to(self.block_tables_RM.device)
-            self.block_tables_RM[at[0], at[1]] = torch.tensor(list(self.changed.values())).to(at.device)
+            at = torch.tensor(list(self.changed)).T.to(self.block_tables_UM.device)
+            self.block_tables_UM[at[0], at[1]] = torch.tensor(list(self.changed.values())).to(at.device)
             self.changed.clear()
 
     def _room_for(self, num_blocks: int) -> int:
-        """The first of so many free neighbours: at the pool's front, or behind the last that were found; else -1."""
+        """The first of so many free neighbours: at the pool's front, or behind those found last time (`frontier`); two
+        places, so that looking stays cheap. -1 if neither will do."""
         if self.num_referenced == 0:
             self.frontier = 0
         for start in (0, self.frontier):
@@ -178,7 +180,7 @@ class KVPool:
 
     def release(self, table: BlockTable):
         """Give all of the table's blocks back; what the index knows stays cached until it is needed."""
-        for block in reversed(table.blocks):   # last first: a prefix is worth more than what follows it
+        for block in reversed(table.blocks):   # last first, to be evicted first: without its prefix no block is found
             self.references[block] -= 1
             if self.references[block] == 0:
                 if block in self.digests:

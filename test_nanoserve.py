@@ -320,7 +320,7 @@ class PoolMachine(RuleBasedStateMachine):
     def fork(self, data):
         tokens, table, computed = data.draw(st.sampled_from(self.requests))
         if computed == len(tokens):
-            self.pool.share(table, other := BlockTable())
+            self.pool.fork(table, other := BlockTable())
             assert other.blocks == table.blocks
             self.requests.append([list(tokens), other, computed])
 
@@ -347,7 +347,7 @@ class PoolMachine(RuleBasedStateMachine):
             rows = [table.row for _, table, _ in self.requests]
             assert len(set(rows)) == len(rows) and not set(rows) & set(self.pool.free_rows)
             for _, table, _ in self.requests:
-                assert self.pool.block_tables_RM[table.row, :len(table.blocks)].tolist() == table.blocks
+                assert self.pool.block_tables_UM[table.row, :len(table.blocks)].tolist() == table.blocks
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -1128,7 +1128,7 @@ def check_pool(llm):
     stats = llm.stats()
     assert stats["blocks_free"] + stats["blocks_cached"] + stats["blocks_referenced"] == stats["blocks"] == pool.num_blocks
     assert all(not r.table.blocks for r in llm.scheduler.waiting)
-    assert len(pool.free_rows) + len(llm.scheduler.running) == len(pool.block_tables_RM)
+    assert len(pool.free_rows) + len(llm.scheduler.running) == len(pool.block_tables_UM)
 
 
 def assert_tokens_do_not_depend_on_company(lone, config, backend, options, spare, arrivals, hopeful):
@@ -1147,7 +1147,7 @@ def assert_tokens_do_not_depend_on_company(lone, config, backend, options, spare
             if abort_at == step:
                 llm.abort(out.id)
         if hopeful:
-            llm.scheduler.share = 0.0
+            llm.scheduler.usage = 0.0
         decoding = [(r, r.computed) for r in llm.scheduler.running if r.pending == 1]
         llm.step()
         assert all(r.computed == n + 1 or r.output.finish_reason or r in llm.scheduler.waiting for r, n in decoding)
@@ -1221,7 +1221,7 @@ def test_youngest_is_preempted_and_loses_nothing(lone):
     requests, seen = [llm.requests[i] for i in ids], []
     order = []
     while llm.requests:
-        before, llm.scheduler.share = [r.computed for r in requests], 0.0   # it thinks that all will end soon
+        before, llm.scheduler.usage = [r.computed for r in requests], 0.0   # it thinks that all will end soon
         llm.step()
         check_pool(llm)
         order += [r.output.id for r, n in zip(requests, before) if r.computed < n and not r.output.finish_reason]
@@ -1489,9 +1489,9 @@ def test_admission_learns_how_much_of_max_tokens_is_used(lone):
         crowd.append(len(llm.scheduler.running))
     assert crowd[0] == 1 and max(crowd) > 5 and llm.stats()["preemptions"] == 0
 
-    believed = llm.scheduler.share   # now answers become long all of a sudden
+    believed = llm.scheduler.usage   # now answers become long all of a sudden
     llm.generate([prompts[0]] * 20, SamplingParams(max_tokens=60, ignore_eos=True))
-    assert 0 < llm.stats()["preemptions"] < 20 and llm.scheduler.share > 4 * believed
+    assert 0 < llm.stats()["preemptions"] < 20 and llm.scheduler.usage > 4 * believed
 
 
 # --- what one can see of it
@@ -1518,7 +1518,7 @@ def test_timeline_fits_the_terminal_and_loses_no_step(lone):
     for i, n in [(4, 1), (4, 3), (0, 1), (7, 1), (2, 1)]:
         llm.add(prompts[i], SamplingParams(max_tokens=NEW, ignore_eos=True, n=n))
     while llm.requests:
-        llm.scheduler.share = 0.0
+        llm.scheduler.usage = 0.0
         if llm.steps == 9:
             llm.abort(llm.scheduler.running[0].output.id)
         llm.step()
@@ -1588,7 +1588,7 @@ def test_explanation_gives_the_tokens_slots_cost_and_choice_of_each_step(monkeyp
         cost = bench.step_cost(llm.config, [(3, 0) if step == 1 else (1, step + 1)], 4)
         assert line.startswith(f"{cost.flops / 1e6:.1f} MFLOP / {cost.bytes / 1e6:.2f} MB = ") and "below the machine's 25: memory-bound" in line
         assert f"{cost.bytes / 2e10 * 1e3:.2f} ms" in line
-    words = {"torch": ["prefill, 3 x 6 query rows", "1 decode, 2 KV heads, 3 query rows each", "in place"],
+    words = {"torch": ["prefill, 2 KV heads, 3 x 3 query rows each", "1 decode, 2 KV heads, 3 query rows each", "in place"],
              "triton": ["1 tiles of 32 rows (10 tokens x 3 query heads) x 2 KV heads", "1 splits of keys for 1 requests"]}
     assert all(word in text for word in words[backend]) and max(map(len, "\n".join(lines).split("\n"))) <= 110
 
@@ -1721,7 +1721,7 @@ def test_soak(pytestconfig):
         soak.turn(arrivals=False)
     llm, grown = soak.llm, memory_in_use() - early
     assert not soak.live and not llm.scheduler.running and not llm.scheduler.waiting
-    assert llm.pool.num_referenced == 0 and len(llm.pool.free_rows) == len(llm.pool.block_tables_RM)
+    assert llm.pool.num_referenced == 0 and len(llm.pool.free_rows) == len(llm.pool.block_tables_UM)
     print(f"\nsoak: {time.time() - begin:.0f} s, {dict(soak.counts)}, {llm.stats()}, "
           f"memory {(early + grown) / 2**20:.0f} MiB, {grown / 2**20:+.1f} since half-time")
     assert grown < 32 << 20
@@ -1795,7 +1795,8 @@ def test_text_ends_with_the_context_or_the_pool(lone):
 @pytest.mark.parametrize("wrong", [dict(max_tokens=0), dict(max_tokens=-3), dict(max_tokens=1.5), dict(temperature=-0.1),
                                    dict(temperature=math.nan), dict(temperature=math.inf), dict(top_p=0), dict(top_p=1.01), dict(top_p=math.nan),
                                    dict(temperature="x"), dict(top_p=None), dict(stop=5),
-                                   dict(top_k=-1), dict(seed="x"), dict(stop=("",)), dict(stop=(1,))])
+                                   dict(top_k=-1), dict(seed="x"), dict(stop=("",)), dict(stop=(1,)), dict(n=0), dict(n=True),
+                                   dict(logprobs=-1), dict(logprobs=1.0), dict(logits_processor="x")])
 def test_sampling_parameters_that_make_no_sense_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SamplingParams(**wrong)

@@ -200,12 +200,14 @@ class Explanation:
             lines += [f"tokens     {where}: {self.spell(chunk.tokens)}",
                       f"memory     block table {short(chunk.blocks)}; K and V go to {' to '.join(slots)}"]
         lines += [f"attention  {line}" for line in describe_attention(llm, [chunk for _, chunk in plan])]
-        cost = self.step_cost(llm.config, [(len(c.tokens), c.start) for _, c in plan], DTYPES[llm.dtype].itemsize)
+        cost = self.step_cost(llm.config, [(len(c.tokens), c.start) for _, c in plan], DTYPES[llm.dtype].itemsize,
+                              sum(c.logits for _, c in plan))
         peak, bandwidth = self.ceiling
         bound = self.ceiling.verdict(cost)
-        lines.append(f"cost       {cost.flops / 1e6:.1f} MFLOP / {cost.bytes / 1e6:.2f} MB = {cost.flops / cost.bytes:.2g} "
-                     f"FLOP/B, {'below' if bound == 'memory' else 'above'} the machine's {peak / bandwidth:.0f}: "
-                     f"{bound}-bound, {self.ceiling.seconds(cost) * 1e3:.2f} ms at least")
+        side = "below" if bound == "memory" else "above"
+        lines.append(f"cost       {cost.flops / 1e6:.1f} MFLOP / {cost.bytes / 1e6:.2f} MB = "
+                     f"{cost.flops / cost.bytes:.2g} FLOP/B, {side} the machine's {peak / bandwidth:.0f}: {bound}-bound"
+                     f", {self.ceiling.seconds(cost) * 1e3:.2f} ms at least")
         for request, token, logits_V in zip(takers, tokens, logits_BV):
             values, ids = logits_V.softmax(-1).topk(3)
             best = ", ".join(f"{self.spell([i])} {p:.1%}" for i, p in zip(ids.tolist(), values.tolist()))
@@ -249,7 +251,7 @@ def short(things: list) -> str:
 def describe_attention(llm: LLM, chunks: list[Chunk]) -> list[str]:
     """Which calls or launches serve a step's chunks in every layer, and why these."""
     c, pool, device = llm.config, llm.pool, llm.device
-    batch, G = make_batch(chunks, pool.block_size, device, pool.block_tables_RM), c.H // c.K
+    batch, G = make_batch(chunks, pool.block_size, device, pool.block_tables_UM), c.H // c.K
     n, prompts = batch.num_decodes, chunks[batch.num_decodes:]
     if llm.model.attention is kernels.attention_triton:
         lines = []
@@ -263,7 +265,8 @@ def describe_attention(llm: LLM, chunks: list[Chunk]) -> list[str]:
             options = kernels.prefill_options(c.D, G, DTYPES[llm.dtype], kernels.capability_of(device))
             tiles = len(kernels.plan_prefill(batch, options["ROWS"] // G, device))
             rows = options["ROWS"]
-            lines.append(f"prefill kernel: {tiles} tiles of {rows} rows ({rows // G} tokens x {G} query heads) x {c.K} KV heads, each over tiles of {options['TILE']} keys")
+            lines.append(f"prefill kernel: {tiles} tiles of {rows} rows ({rows // G} tokens x {G} query heads) x {c.K} "
+                         f"KV heads, each over tiles of {options['TILE']} keys")
         return lines
     if llm.model.attention is kernels.attention_naive:
         return [f"naive: a product per request and head, {len(chunks)} x {c.H} of them"]
@@ -272,7 +275,7 @@ def describe_attention(llm: LLM, chunks: list[Chunk]) -> list[str]:
         rows = keys.rows.stop - keys.rows.start
         length = keys.run.stop - keys.run.start if keys.run else keys.slots_BKT.shape[-1]
         what = (f"{rows} decode{'s' * (rows > 1)}, {c.K} KV heads, {G} query rows each" if keys.decodes
-                else f"prefill, {rows} x {c.H} query rows share each key read")
+                else f"prefill, {c.K} KV heads, {rows} x {G} query rows each")
         where = ("in place (neighbouring blocks)" if keys.run else "gathered (scattered blocks)"
                  if rows == 1 or not keys.decodes else "gathered, padded to the longest: one call for all")
         lines.append(f"one fused call per layer: {what}; {length} keys, {where}")
