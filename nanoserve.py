@@ -16,16 +16,20 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import math
 import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
+from functools import wraps
+from numbers import Integral, Real
 from pathlib import Path
 
 if __name__ == "__main__":   # Ctrl-C during the slow imports ends the process quietly; `main` then takes over
@@ -62,13 +66,13 @@ class SamplingParams:
         if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop is {self.stop!r}: it must be a string or several, none of them empty")
         object.__setattr__(self, "stop", tuple(stop))
-        number, top_p = isinstance(self.temperature, (int, float)), isinstance(self.top_p, (int, float)) and self.top_p
+        temperature, top_p = (isinstance(x, Real) and x for x in (self.temperature, self.top_p))
         for name, fits, kind in (
                 ("max_tokens", is_int(self.max_tokens) and self.max_tokens > 0, "a whole number, 1 or more"),
-                ("temperature", number and 0 <= self.temperature < math.inf, "0 (greedy) or more"),
-                ("top_k", is_int(self.top_k) and self.top_k >= 0, "a whole number, 0 (off) or more"),
+                ("temperature", temperature is not False and 0 <= temperature <= 1e6, "0 (greedy) or more, to a million"),
+                ("top_k", is_int(self.top_k) and 0 <= self.top_k < 2 ** 31, "a whole number, 0 (off) to 2147483647"),
                 ("top_p", 0 < top_p <= 1, "above 0 and at most 1"),
-                ("seed", self.seed is None or is_int(self.seed), "a whole number or None"),
+                ("seed", self.seed is None or is_int(self.seed) and self.seed >= 0, "a whole number, 0 or more, or None"),
                 ("n", is_int(self.n) and self.n > 0, "a whole number, 1 or more"),
                 ("logprobs", self.logprobs is None or is_int(self.logprobs) and self.logprobs >= 0, "None, 0 or more"),
                 ("logits_processor", self.logits_processor is None or callable(self.logits_processor), "a function")):
@@ -77,7 +81,7 @@ class SamplingParams:
 
 
 def is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(eq=False)
@@ -189,8 +193,7 @@ class Scheduler:
     """
 
     def __init__(self, pool: KVPool, max_batched_tokens: int, max_seqs: int):
-        self.pool, self.max_batched_tokens = pool, max_batched_tokens
-        self.max_seqs = min(max_seqs, max_batched_tokens)   # so that a step has a token for everyone who decodes
+        self.pool, self.max_batched_tokens, self.max_seqs = pool, max_batched_tokens, max_seqs
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.refused = False       # the first in the queue did not fit, and no block has been given back since
@@ -212,9 +215,8 @@ class Scheduler:
                 if length % S == 0:
                     pool.commit(table, request.tokens, length)
         # 2. The prompts that are under way, then newcomers.
-        budget, decodes = self.max_batched_tokens - len(plan), len(plan)
-        while budget and (prompts or self._admit(prompts)):
-            request = prompts.pop(0)
+        budget, decodes, queue = self.max_batched_tokens - len(plan), len(plan), itertools.chain(prompts, self._newcomers())
+        while budget and (request := next(queue, None)):
             table, start, n = request.table, request.computed, min(request.pending, budget)
             if table.blocks:   # else it has just been preempted
                 tokens, last = request.tokens[start:start + n], n == request.pending
@@ -224,26 +226,28 @@ class Scheduler:
         # The last token of a prompt may be a chunk of its own: like a decode, and to be served with them.
         return plan[:decodes] + sorted(plan[decodes:], key=lambda entry: len(entry[1].tokens) > 1)
 
-    def _admit(self, prompts: list[Request]) -> bool:
-        """Move the first in the queue to the running, if it can be expected to fit."""
+    def _newcomers(self) -> Iterator[Request]:
+        """Admit from the front of the queue those who can be expected to fit: one each time that budget is left."""
         if not self.waiting or self.refused:
-            return False
-        request = self.waiting[0]
-        if sum(len(r.samples) for r in self.running) + len(request.samples) > self.max_seqs:
-            return False
-        request.computed = self.pool.match(request.table, request.tokens)
-        need = sum(map(self._expected, self.running)) + self._expected(request)
-        if self.running and need > self.pool.available:
-            self.release(request)
-            self.refused = True
-            return False
-        assert self.pool.grow(request.table, len(request.tokens), request.limit), "a lone request always fits"
-        self.reused_tokens += request.computed
-        if not request.admitted:   # after a preemption it may find what it computed itself
-            request.admitted, request.output.reused_tokens = True, request.computed
-        self.running.append(self.waiting.popleft())
-        prompts.append(request)
-        return True
+            return
+        places, promised = sum(len(r.samples) for r in self.running), sum(map(self._expected, self.running))
+        while self.waiting:
+            request = self.waiting[0]
+            places += len(request.samples)
+            if places > self.max_seqs:
+                return
+            request.computed = self.pool.match(request.table, request.tokens)
+            if self.running and promised + self._expected(request) > self.pool.available:
+                self.release(request)
+                self.refused = True
+                return
+            assert self.pool.grow(request.table, len(request.tokens), request.limit), "less than is expected, or alone"
+            promised += self._expected(request)
+            self.reused_tokens += request.computed
+            if not request.admitted:   # after a preemption it may find what it computed itself
+                request.admitted, request.output.reused_tokens = True, request.computed
+            self.running.append(self.waiting.popleft())
+            yield request
 
     def _expected(self, request: Request) -> int:
         """Blocks that a request and its samples to come are expected to need beyond those that it holds: the full
@@ -352,13 +356,20 @@ def choose(logits_BV: Tensor, requests: list[Request]) -> tuple[list[int], dict[
             if not processed_BV[b].max().isfinite():
                 raise ValueError("it left no token to choose: the largest logit must be a finite number")
         except Exception as error:   # anything may happen in a stranger's function
-            processed_BV[b], errors[request] = 0.0, f"logits_processor: {type(error).__name__}: {error}"
+            processed_BV[b], errors[request] = 0.0, f"logits_processor: {describe(error)}"
     tokens = sample(processed_BV, [r.params for r in requests], [r.uniform for r in requests]) if requests else []
     for request, token in zip(requests, tokens):
         if token < 0:
             errors[request] = ("the model's logits are not finite: its weights are damaged, "
                                "or its dtype is too small, so try float32 or bfloat16")
     return tokens, errors
+
+
+def describe(error: Exception) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:   # a stranger's exception, which fails to describe itself
+        return type(error).__name__
 
 
 def log_probabilities(logits_V: Tensor, token: int, k: int) -> dict[int, float]:
@@ -414,6 +425,23 @@ def record(step):
 # ---------------------------------------------------------------------------------------------
 # The engine
 
+def uninterrupted(method):
+    """Ctrl-C during a call waits until the call is over and the books are in order."""
+    @wraps(method)
+    def call(*arguments):
+        handler, caught = signal.getsignal(signal.SIGINT), []
+        if not callable(handler) or threading.current_thread() is not threading.main_thread():
+            return method(*arguments)
+        signal.signal(signal.SIGINT, lambda *what: caught.append(what))
+        try:
+            return method(*arguments)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            if caught:
+                handler(*caught[0])
+    return call
+
+
 class LLM:
     """A model, its KV pool and the loop.
 
@@ -460,13 +488,15 @@ class LLM:
         weights = (load_weights(self.folder, c, self.device, DTYPES[name]) if self.folder else
                    random_weights(c, self.device, DTYPES[name]))
         self.model = Model(c, weights, attention)
+        max_seqs = min(max_seqs, max_batched_tokens)   # so that a step has a token for everyone who decodes
         self.pool = self._make_pool(block_size, num_blocks, max_seqs, DTYPES[name], prefix_cache)
         self.scheduler = Scheduler(self.pool, max_batched_tokens, max_seqs)
         self.graphs = None
         if gpu and attention == "triton" and not kernels.INTERPRETED if cuda_graphs is None else cuda_graphs:
             self.graphs = DecodeGraphs(self.model, self.pool, self.device)
         self.requests: dict[int, Request] = {}
-        self.finished_elsewhere: list[Output] = []
+        self.grown: dict[Output, None] = {}   # since `step` last returned; an ordered set
+        self.stepping, self.doomed = False, []   # who was aborted within a step, by a logits_processor or watcher
         self.next_id = self.steps = self.computed_tokens = 0
         self.watchers = []   # called in every step, with what was planned, who gets a token, which one, and the logits
 
@@ -485,11 +515,15 @@ class LLM:
             size = num_blocks * block_bytes / 1e9
             raise ValueError(f"{num_blocks} blocks of {block_size} tokens need {size:.1f} GB, and {self.device} has "
                              f"{memory / 1e9:.1f} GB: at most {memory // block_bytes} blocks fit")
-        return KVPool(c.L, c.K, c.D, num_blocks, block_size, dtype, self.device, prefix_cache, max_seqs + 1,
-                      min(num_blocks, -(-c.context // block_size)))   # a table more, for `logits`
+        tables, width = max_seqs + 1, min(num_blocks, -(-c.context // block_size))   # a table more, for `logits`
+        if tables * width * 8 > memory // 8:
+            raise ValueError(f"block tables for {max_seqs} requests of {width} blocks need {tables * width * 8 / 1e9:.1f} "
+                             "GB: lower max_seqs or max_batched_tokens")
+        return KVPool(c.L, c.K, c.D, num_blocks, block_size, dtype, self.device, prefix_cache, tables, width)
 
     # --- the loop, one turn at a time
 
+    @uninterrupted
     def add(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> int:
         """Queue a prompt, text or token ids; returns the request's id. Raises ValueError if it can never run."""
         tokens = self._tokens(prompt)
@@ -503,15 +537,15 @@ class LLM:
                              "raise max_seqs and max_batched_tokens")
         samples, limit, now = [], min(room, len(tokens) + params.max_tokens), time.perf_counter()
         for i in range(params.n):
-            out = Output(self.next_id, prompt_tokens=len(tokens), logprobs=None if params.logprobs is None else [])
-            self.next_id += 1
+            out = Output(self.next_id + i, prompt_tokens=len(tokens), logprobs=None if params.logprobs is None else [])
             samples.append(Request(
-                list(tokens), params, limit, out, random.Random(None if params.seed is None else params.seed + i),
+                list(tokens), params, limit, out, random.Random(None if params.seed is None else int(params.seed) + i),
                 self.tokenizer.decoder(tokens) if self.tokenizer else None, now))
-            self.requests[out.id] = samples[-1]
         for request in samples:
             request.output.samples = [sample.output for sample in samples]
-        samples[0].samples = samples
+        samples[0].samples = list(samples)
+        self.requests |= {request.output.id: request for request in samples}
+        self.next_id += params.n
         self.scheduler.waiting.append(samples[0])
         return samples[0].output.id
 
@@ -536,18 +570,30 @@ class LLM:
             if not is_int(token) or not 0 <= token < self.config.V:
                 raise ValueError(f"token id {token!r} is outside the vocabulary of {self.config.V}: "
                                  f"use ids from 0 to {self.config.V - 1}")
-        return tokens
+        return list(map(int, tokens))
 
     def step(self) -> list[Output]:
-        """One turn of the loop: schedule, run, sample. Returns the outputs that grew, some of them finished.
+        """One turn of the loop: schedule, run, sample. Returns the outputs that have grown since it last returned,
+        some of them finished. If the model raises (for want of memory, say) the step is undone, and the next one does
+        its work again."""
+        self._turn()
+        grown, self.grown = self.grown, {}
+        return list(grown)
 
-        Whatever is raised on the way (by an interrupt, or for want of memory) undoes the step: the next one does
-        its work again.
-        """
-        grown, self.finished_elsewhere = self.finished_elsewhere, []
-        plan = self.scheduler.schedule()
-        if not plan:
-            return grown
+    @uninterrupted
+    def _turn(self):
+        if self.stepping:
+            raise RuntimeError("a step is under way: a logits_processor or watcher cannot start another")
+        self.stepping = True
+        try:
+            if plan := self.scheduler.schedule():
+                self._run_and_choose(plan)
+        finally:
+            self.stepping = False
+            while self.doomed:
+                self.abort(self.doomed.pop())
+
+    def _run_and_choose(self, plan: list[tuple[Request, Chunk]]):
         # Only who has no tokens left to compute gets a new one: not a prompt that is still in pieces.
         ready = [request for request, chunk in plan if chunk.logits]
         takers = [sample for request in ready for sample in request.samples]
@@ -560,7 +606,6 @@ class LLM:
                 watcher(plan, takers, tokens, logits_BV)
         except BaseException:
             self.scheduler.undo(plan)
-            self.finished_elsewhere = grown
             raise
 
         self.steps, now = self.steps + 1, time.perf_counter()
@@ -575,16 +620,16 @@ class LLM:
             out = request.output
             try:
                 if request in errors:
-                    raise ValueError(errors[request])
-                request.append(token, self.config.eos, now)
-                if out.logprobs is not None:
-                    out.logprobs.append(log_probabilities(logits_BV[b], token, request.params.logprobs))
+                    out.finish_reason, out.error = "error", errors[request]
+                else:
+                    request.append(token, self.config.eos, now)
+                    if out.logprobs is not None:
+                        out.logprobs.append(log_probabilities(logits_BV[b], token, request.params.logprobs))
             except Exception as error:   # it ends alone
-                out.finish_reason, out.error = "error", str(error) or repr(error)
+                out.finish_reason, out.error = "error", describe(error)
             if out.finish_reason:
                 self._drop(request)
-            grown.append(out)
-        return grown
+            self.grown[out] = None
 
     def _run(self, chunks: list[Chunk]) -> Tensor:
         self.pool.upload()
@@ -592,11 +637,19 @@ class LLM:
             return self.graphs.run(chunks)
         return self.model(make_batch(chunks, self.pool.block_size, self.device, self.pool.block_tables_UM), self.pool)
 
+    @uninterrupted
     def abort(self, request_id: int):
-        """End a request, by the id that `add` gave, and its samples now; what they produced stays in their outputs."""
-        for request in [r for r in self.requests.values() if r.output.samples[0].id == request_id]:
-            request.output.finish_reason = "abort"
-            self._drop(request)
+        """End a request with all its samples now (in a logits_processor or watcher: when the step is over) and give its
+        blocks back; what they have produced stays in their outputs. Nothing happens if it has ended."""
+        if self.stepping:
+            self.doomed.append(request_id)
+            return
+        request = self.requests.get(request_id) or next(   # the first sample may have ended before the others
+            (r for r in self.requests.values() if r.output.samples[0].id == request_id), None)
+        for out in request.output.samples if request else ():
+            if out.id in self.requests:
+                out.finish_reason = "abort"
+                self._drop(self.requests[out.id])
 
     def _drop(self, request: Request):
         self.scheduler.remove(request)
@@ -620,21 +673,23 @@ class LLM:
         A prompt that cannot run ends with finish_reason "error" and the reason in `error`; the others
         are not affected.
         """
-        outputs = self.start(prompts, params)
-        mine = {sample for out in outputs for sample in out.samples}
+        first = self.next_id
         try:
+            outputs = self.start(prompts, params)
             for out in outputs:
                 for sample in out.samples:
                     while sample.finish_reason is None:
-                        self._step_for(mine)
-        finally:   # interrupted: leave nothing behind
-            for out in outputs:
-                self.abort(out.id)
-        return outputs
+                        self._turn()
+            return outputs
+        finally:
+            self._leave(first)
 
-    def _step_for(self, mine: set[Output]):
-        """A step on behalf of these; what finishes beside them is handed out by the next `step`."""
-        self.finished_elsewhere = [out for out in self.step() if out.finish_reason and out not in mine]
+    def _leave(self, first: int):
+        """Interrupted or not, leave nothing behind of the requests from this id on. What others have grown meanwhile
+        the next `step` hands out."""
+        for request_id in [i for i in self.requests if i >= first]:
+            self.abort(request_id)
+        self.grown = {out: None for out in self.grown if out.id < first}
 
     def start(self, prompts: str | list, params: SamplingParams | list[SamplingParams]) -> list[Output]:
         """`add` every prompt; one that is refused gets an output that has already ended, with its error."""
@@ -651,21 +706,28 @@ class LLM:
                 outputs.append(self.requests[self.add(prompt, p)].output)
             except ValueError as error:
                 outputs.append(Output(-1, finish_reason="error", error=str(error)))
+                outputs[-1].samples = outputs[-1:]
         return outputs
 
     def stream(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> Iterator[str]:
-        """The text of one prompt, piece by piece as it appears. Raises ValueError, at the first, if it cannot run."""
-        if params.n > 1:
-            raise ValueError(f"n is {params.n}: a stream is one text, so use generate, or n=1")
+        """The text of one prompt, piece by piece as it appears. Raises ValueError, at the first piece if it cannot run
+        and later if it fails."""
+        if params.n > 1 or not self.tokenizer:
+            raise ValueError(f"n is {params.n}: a stream is one text, so use generate, or n=1" if params.n > 1 else
+                             f"{self.folder} has no tokenizer, and a stream is text: use generate")
         out, shown = self.requests[self.add(prompt, params)].output, 0
         try:
-            while out.finish_reason is None:
-                self._step_for({out})
-                if len(out.text) > shown:
-                    yield out.text[shown:]
-                    shown = len(out.text)
+            while out.finish_reason is None or shown < len(out.text):   # other calls make it grow, too
+                if shown == len(out.text):
+                    self._turn()
+                shown, piece = len(out.text), out.text[shown:]
+                if piece:
+                    yield piece
+            if out.error:
+                raise ValueError(out.error)
         finally:
             self.abort(out.id)
+            self.grown.pop(out, None)
 
     def logits(self, prompt: str | list[int]) -> Tensor:
         """float32 [T, V]: what the model predicts after each of the prompt's tokens, through the same paged path."""
@@ -837,7 +899,7 @@ def serve(args: argparse.Namespace) -> int:
         watchers += [watch.Explanation(llm)] if args.explain else []
     outputs = llm.start(prompts, params)
     for number, (prompt, first) in enumerate(zip(prompts, outputs), 1):
-        for out in first.samples or [first]:
+        for out in first.samples:
             show_text(args, llm, prompt, out)
             if out.error:
                 say(f"nanoserve.py: prompt {number}: {out.error}")
@@ -849,7 +911,7 @@ def serve(args: argparse.Namespace) -> int:
         say(f"{llm.dtype}: {llm.dtype_reason}")
     for watcher in watchers:
         watcher.show(say if args.json else print)
-    return 2 if any(sample.error for out in outputs for sample in out.samples or [out]) else 0
+    return 2 if any(sample.error for out in outputs for sample in out.samples) else 0
 
 
 def show_text(args: argparse.Namespace, llm: LLM, prompt: str, out: Output):

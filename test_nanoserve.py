@@ -1382,6 +1382,13 @@ def test_logits_processor_decides_and_sees_the_tokens_so_far(lone):
     assert seen == [outs[0].token_ids[:n] for n in range(NEW)]
 
 
+def test_numbers_of_numpy_are_numbers(lone):
+    folder, prompts, expected = lone["llama"]
+    params = SamplingParams(max_tokens=np.int64(3), seed=np.int64(1), top_p=np.float32(0.5), n=np.int32(2))
+    (out,) = LLM(folder).generate([np.array(prompts[4]).tolist()[:-1] + [np.int64(prompts[4][-1])]], params)
+    assert [s.token_ids for s in out.samples] == [expected[4][:3]] * 2
+
+
 def test_a_faulty_request_ends_with_its_message_and_no_other(lone, monkeypatch):
     folder, prompts, expected = lone["llama"]
 
@@ -1389,15 +1396,21 @@ def test_a_faulty_request_ends_with_its_message_and_no_other(lone, monkeypatch):
         if len(token_ids) == 3:
             raise KeyError("my own mistake")
         return logits_V
-    faults = {fails: "my own mistake", (lambda ids, x: None): "not logits of shape", (lambda ids, x: x[:5]): "not logits of shape",
+    class Mute(Exception):
+        def __str__(self):
+            raise TypeError
+
+    def mute(token_ids, logits_V):
+        raise Mute
+    faults = {fails: "my own mistake", mute: "Mute", (lambda ids, x: None): "not logits of shape", (lambda ids, x: x[:5]): "not logits of shape",
               (lambda ids, x: x - math.inf): "no token to choose", (lambda ids, x: x * math.nan): "no token to choose"}
     llm = LLM(folder, block_size=4, max_batched_tokens=40)
     watch(llm)
     params = [SamplingParams(max_tokens=NEW, logits_processor=f) for f in faults] + [SamplingParams(max_tokens=NEW)] * 2
-    outs = llm.generate([prompts[4]] * 5 + [prompts[4], prompts[2]], params)
+    outs = llm.generate([prompts[4]] * 6 + [prompts[4], prompts[2]], params)
     for out, words in zip(outs, faults.values()):
         assert out.finish_reason == "error" and out.error.startswith("logits_processor: ") and words in out.error
-    assert [out.token_ids for out in outs] == [expected[4][:3], [], [], [], [], expected[4], expected[2]]
+    assert [out.token_ids for out in outs] == [expected[4][:3], [], [], [], [], [], expected[4], expected[2]]
     assert llm.pool.num_referenced == 0
 
     ids = [llm.add(prompts[i], SamplingParams(max_tokens=NEW)) for i in (3, 5)]   # a fault in a tokenizer, say
@@ -1406,7 +1419,7 @@ def test_a_faulty_request_ends_with_its_message_and_no_other(lone, monkeypatch):
     while llm.requests:
         llm.step()
         check_pool(llm)
-    assert (outs[0].finish_reason, outs[0].error) == ("error", "division by zero") and outs[1].token_ids == expected[5]
+    assert (outs[0].finish_reason, outs[0].error) == ("error", "ZeroDivisionError: division by zero") and outs[1].token_ids == expected[5]
 
 
 @settings(max_examples=60)
@@ -1530,7 +1543,7 @@ def test_timeline_fits_the_terminal_and_loses_no_step(lone):
     assert stats["reused_tokens"] - forked == sum(cell.found for cell in cells)
     for width in (40, 80, 1000):
         chart = timeline.text(width)
-        lines = chart.split("\n")[:-1]   # the last one explains the signs
+        lines = chart.split("\n")
         assert max(map(len, lines)) <= width and (chart.count("blocks in use") == 1) == (width == 1000)
         spans = [span.split("-") for line in lines if line.startswith("step") for span in line.split()[1:]]
         assert [n for span in spans for n in range(int(span[0]), int(span[-1]) + 1)] == list(range(1, len(timeline.pool) + 1))
@@ -1539,6 +1552,15 @@ def test_timeline_fits_the_terminal_and_loses_no_step(lone):
     for kind in ("waiting", "preempted", "prefill", "decode"):
         assert sum(f": {kind}" in title for title in titles) >= sum(cell.kind == kind for cell in cells) > 0
     assert sum("in use" in title for title in titles) == 3 * len(timeline.pool)
+
+
+def test_timeline_holds_any_prompt():
+    llm = LLM(HERE / "demo/llama", dtype="float32")
+    timeline = watch_loop.Timeline(llm)
+    llm.generate(["日本語の猫はここに座った", "a\x1b[31m\x00 <b>&", "cafe\u0301 \u0301e"], SamplingParams(max_tokens=2, ignore_eos=True, n=2))
+    head, *rows = timeline.text(99).split("\n")[:7]
+    assert len({watch_loop.columns(row) for row in [*rows, head]}) == 1 and "\x1b" not in "".join(rows)
+    ElementTree.fromstring(timeline.svg())
 
 
 def test_timeline_from_the_command_line(tmp_path, capsys):
@@ -1753,9 +1775,116 @@ def test_abort_in_the_middle_of_a_chunk_gives_the_blocks_back(lone):
     while llm.requests:
         llm.step()
     assert other.token_ids == expected[2] and llm.pool.num_referenced == 0
-    stream = llm.stream(prompts[1])
+
+
+def test_streams_lose_no_text_to_each_other_nor_to_a_generate():
+    llm = LLM(HERE / "demo/llama", dtype="float32")
+    prompts = ["The cat sat", "One day, Tom", "A girl"]
+    params = SamplingParams(max_tokens=30)
+    alone = [out.text for out in llm.generate(prompts, params)]
+    pieces = ["", "", ""]
+    streams = [llm.stream(prompt, params) for prompt in prompts]
+    for turn in range(99):
+        for i, stream in enumerate(streams):
+            if turn % (i + 1) == 0:   # at different paces
+                pieces[i] += next(stream, "")
+        if turn == 7:
+            assert llm.generate([prompts[1]], params)[0].text == alone[1]
+    assert pieces == alone and not llm.requests and not llm.grown
+    stream = llm.stream(prompts[0])
+    next(stream)
+    assert llm.pool.num_referenced
     stream.close()
-    assert llm.pool.num_referenced == 0 and not llm.requests
+    assert llm.pool.num_referenced == 0 and not llm.requests and not llm.grown
+
+
+def test_a_stream_that_fails_says_so(lone):
+    llm = LLM(HERE / "demo/llama", dtype="float32")
+
+    def fails(token_ids, logits_V):
+        return logits_V if len(token_ids) < 3 else 1 / 0
+    stream = llm.stream("The cat sat", SamplingParams(logits_processor=fails))
+    assert len([next(stream) for _ in range(3)]) == 3
+    with pytest.raises(ValueError, match="logits_processor: ZeroDivisionError"):
+        next(stream)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        next(LLM(lone["llama"][0]).stream([1, 2, 3]))
+
+
+def test_a_logits_processor_may_abort_but_not_step(lone):
+    folder, prompts, expected = lone["llama"]
+    llm = LLM(folder)
+    ids = []
+
+    def aborts(token_ids, logits_V):
+        if len(token_ids) == 2:
+            llm.abort(ids[0])
+            llm.abort(ids[1])
+        return logits_V
+
+    def steps(token_ids, logits_V):
+        return llm.step()
+    ids = [llm.add(prompts[i], SamplingParams(max_tokens=NEW, logits_processor=f, n=n))
+           for i, f, n in ((4, aborts, 2), (3, None, 3), (5, steps, 1), (2, None, 1))]
+    outs = [llm.requests[i].output for i in ids]
+    while llm.requests:
+        llm.step()
+        check_pool(llm)
+    assert [(len(s.token_ids), s.finish_reason) for out in outs[:2] for s in out.samples] == [(3, "abort")] * 5
+    assert outs[2].error.startswith("logits_processor: RuntimeError: a step is under way") and outs[3].token_ids == expected[2]
+
+
+def test_abort_by_the_first_samples_id_ends_those_that_go_on(lone):
+    folder, prompts, _ = lone["llama"]
+    llm = LLM(folder)
+    rid = llm.add(prompts[4], SamplingParams(max_tokens=NEW, n=3, temperature=1.0, seed=0))
+    first, *others = llm.requests[rid].output.samples
+    llm.requests[rid].limit = 52   # the first one ends early
+    while first.finish_reason is None:
+        llm.step()
+    llm.abort(rid)
+    assert first.finish_reason == "length" and [out.finish_reason for out in others] == ["abort"] * 2 and not llm.requests
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
+def test_ctrl_c_at_any_moment_leaves_the_engine_whole(lone):
+    folder, prompts, expected = lone["llama"]
+    llm, interrupts, dice = LLM(folder, block_size=4, num_blocks=60, max_batched_tokens=30), 0, random.Random(0)
+    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for turn in range(150):
+            wanted = [dice.randrange(9) for _ in range(5)]
+            try:
+                signal.setitimer(signal.ITIMER_REAL, dice.uniform(0.0005, 0.03))
+                outs = llm.generate([prompts[i] for i in wanted], SamplingParams(max_tokens=NEW, n=2))
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                assert [s.token_ids for out in outs for s in out.samples] == [expected[i] for i in wanted for _ in "ab"]
+            except KeyboardInterrupt:
+                interrupts += 1
+                for rid in list(llm.requests):   # an interrupt may also strike in the clearing up
+                    llm.abort(rid)
+            check_pool(llm)
+            assert llm.pool.num_referenced == 0 and not llm.scheduler.waiting
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGINT, handler)
+    assert interrupts > 30
+    assert [out.token_ids for out in llm.generate(prompts, SamplingParams(max_tokens=NEW))] == expected
+
+
+def test_admission_counts_the_samples_to_come(lone):
+    folder, prompts, _ = lone["llama"]
+    llm = LLM(folder, block_size=4, num_blocks=30, prefix_cache=False)
+    params = SamplingParams(max_tokens=NEW, ignore_eos=True, n=4)
+    outs = [llm.requests[llm.add(prompts[3], params)].output for _ in range(3)]   # 5 blocks in common, 4 x 4 of their own
+    running = []
+    while llm.requests:
+        llm.step()
+        running.append(len(llm.scheduler.running))
+    assert max(running) == 4 and llm.stats()["preemptions"] == 0
+    assert [s.blocks for out in outs for s in out.samples] == [9] * 12
 
 
 def test_what_finishes_beside_a_generate_is_handed_out_by_the_next_step(lone):
@@ -1795,7 +1924,7 @@ def test_text_ends_with_the_context_or_the_pool(lone):
 @pytest.mark.parametrize("wrong", [dict(max_tokens=0), dict(max_tokens=-3), dict(max_tokens=1.5), dict(temperature=-0.1),
                                    dict(temperature=math.nan), dict(temperature=math.inf), dict(top_p=0), dict(top_p=1.01), dict(top_p=math.nan),
                                    dict(temperature="x"), dict(top_p=None), dict(stop=5),
-                                   dict(top_k=-1), dict(seed="x"), dict(stop=("",)), dict(stop=(1,)), dict(n=0), dict(n=True),
+                                   dict(top_k=-1), dict(top_k=10 ** 400), dict(temperature=10 ** 400), dict(seed="x"), dict(seed=-1), dict(stop=("",)), dict(stop=(1,)), dict(n=0), dict(n=True),
                                    dict(logprobs=-1), dict(logprobs=1.0), dict(logits_processor="x")])
 def test_sampling_parameters_that_make_no_sense_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

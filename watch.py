@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
+import unicodedata
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -46,10 +47,11 @@ class Timeline:
         """file: where `show` draws it; "": it prints it. Raises ValueError if that cannot be written."""
         self.llm, self.file = llm, file
         self.rows, self.pool, self.texts = {}, [], {}    # rows: Output -> its cells by step
+        self.computed = {}                               # Output -> tokens with K and V after its last step
         llm.watchers.append(self.record)
         try:
             if file:
-                Path(file).touch()
+                open(file, "a").close()
         except OSError as error:
             raise ValueError(f"{file} cannot be written ({error.strerror}): name another file") from None
 
@@ -57,13 +59,16 @@ class Timeline:
         step, scheduler = len(self.pool), self.llm.scheduler
         cells = {request: Cell("waiting") for request in (*scheduler.running, *scheduler.waiting)}
         for request in scheduler.waiting:
-            if step - 1 in self.row(request) and self.row(request)[step - 1].kind not in ("waiting", "preempted"):
+            if self.computed.pop(request.output, 0):
                 cells[request] = Cell("preempted")
         for request, chunk in plan:
-            before = self.row(request).get(step - 1, Cell("waiting")).kind in ("waiting", "preempted")
             decode = len(chunk.tokens) == 1 and request.output.token_ids
-            cells[request] = Cell("decode" if decode else "prefill", len(chunk.tokens),
-                                  chunk.start if before and not decode else 0)
+            found = chunk.start if chunk.start != self.computed.get(request.output, 0) else 0
+            cells[request] = Cell("decode" if decode else "prefill", len(chunk.tokens), found)
+            for sample in request.samples:   # the others begin where this one's prompt ends
+                self.computed[sample.output] = chunk.start + len(chunk.tokens)
+        for request in takers:
+            cells.setdefault(request, Cell("decode"))
         for request, cell in cells.items():
             self.row(request)[step] = cell
         stats = self.llm.stats()
@@ -74,7 +79,10 @@ class Timeline:
         if out not in self.rows:
             prompt, tokenizer = request.tokens[:min(12, out.prompt_tokens)], self.llm.tokenizer
             text = tokenizer.decode(prompt, True) if tokenizer else " ".join(map(str, prompt))
-            self.rows[out], self.texts[out] = {}, f"{out.id} {' '.join(text.split())[:16]}"
+            text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+            while columns(text) > 16:
+                text = text[:-1]
+            self.rows[out], self.texts[out] = {}, f"{out.id} {text}"
         return self.rows[out]
 
     def rows_in_order(self) -> list[tuple[Output, dict[int, Cell]]]:
@@ -82,7 +90,7 @@ class Timeline:
 
     def ended(self, out: Output, step: int) -> str:
         """"end" or "lost" if this was the request's last step."""
-        last = step == max(self.rows[out]) and out.finish_reason
+        last = step == next(reversed(self.rows[out])) and out.finish_reason
         return ("end" if out.finish_reason in ("stop", "length") else "lost") if last else ""
 
     @staticmethod
@@ -100,16 +108,16 @@ class Timeline:
 
     def text(self, width: int) -> str:
         """The chart, cut into bands of so many characters. Steps in which the same goes on share a column."""
-        columns, outs = [], [out for out, _ in self.rows_in_order()]
+        parts, outs = [], [out for out, _ in self.rows_in_order()]
         for signs, steps in groupby(range(len(self.pool)), lambda step: tuple(self.sign(out, step) for out in outs)):
             steps = list(steps)
             runs = [steps] if set(signs) <= {"", "·", "━"} else [[step] for step in steps]
             for run in runs:
                 head = f"{run[0] + 1}" if len(run) == 1 else f"{run[0] + 1}-{run[-1] + 1}"
-                columns.append([head, *signs, *map(str, self.pool[run[-1]])])
+                parts.append([head, *signs, *map(str, self.pool[run[-1]])])
         names = ["step", *map(self.texts.get, outs), "blocks in use", "cached", "free"]
-        margin, bands, used = max(map(len, names)), [[]], 0
-        for column in columns:
+        margin, bands, used = max(map(columns, names)), [[]], 0
+        for column in parts:
             size = max(map(len, column))
             if used + size + 2 > width - margin and bands[-1]:
                 bands.append([])
@@ -118,11 +126,12 @@ class Timeline:
             used += size + 2
         lines = []
         for band in bands:
-            rows = [name.ljust(margin) + "".join("  " + column[i] for column in band) for i, name in enumerate(names)]
-            kept = [row for row in rows[1:-3] if row[margin:].strip()]
+            cells = ["".join("  " + column[i] for column in band) for i in range(len(names))]
+            rows = [name + " " * (margin - columns(name)) + row for name, row in zip(names, cells)]
+            kept = [row for row, cell in zip(rows[1:-3], cells[1:-3]) if cell.strip()]
             lines += [rows[0], *kept, *rows[-3:], ""]
         legend = ", ".join(f"{sign} {meaning}" for sign, _, meaning in KINDS.values())
-        return "\n".join(line.rstrip() for line in [*lines, legend])
+        return "\n".join(line.rstrip() for line in [*lines, *textwrap.wrap(legend, width)])
 
     def svg(self) -> str:
         """The chart as a picture: steps with a prefill are wide enough for its number of tokens."""
@@ -175,10 +184,15 @@ class Timeline:
     def show(self, say):
         """Print the chart line by line with `say`, or write it to the file."""
         if self.file:
-            Path(self.file).write_text(self.svg())
+            Path(self.file).write_text(self.svg(), "utf-8")
             return
         for line in ["", *self.text(shutil.get_terminal_size((100, 24)).columns).split("\n")]:
             say(line)
+
+
+def columns(text: str) -> int:
+    """How wide a terminal shows it."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
 
 
 class Explanation:
@@ -209,12 +223,13 @@ class Explanation:
                      f"{cost.flops / cost.bytes:.2g} FLOP/B, {side} the machine's {peak / bandwidth:.0f}: {bound}-bound"
                      f", {self.ceiling.seconds(cost) * 1e3:.2f} ms at least")
         for request, token, logits_V in zip(takers, tokens, logits_BV):
-            values, ids = logits_V.softmax(-1).topk(3)
+            values, ids = logits_V.softmax(-1).topk(min(3, len(logits_V)))
             best = ", ".join(f"{self.spell([i])} {p:.1%}" for i, p in zip(ids.tolist(), values.tolist()))
             how = f"drawn by {request.uniform:.3f}" if request.params.temperature else "greedy"
             lines.append(f"next       {best} -> {self.spell([token]) if token >= 0 else 'none'}, {how}")
         # A new block is news twice: the second one, and the third as the second is full.
-        kinds = [(request.output.id, len(chunk.tokens) > 1, len(chunk.blocks) == 2) for request, chunk in plan]
+        kinds = [(request.output.id, len(chunk.tokens) > 1 or not request.output.token_ids, len(chunk.blocks) == 2)
+                 for request, chunk in plan]
         self.steps.append((tuple(kinds), lines))
 
     def spell(self, tokens: list[int]) -> str:
