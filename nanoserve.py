@@ -171,11 +171,11 @@ class Scheduler:
 
     The budget at work, 6 tokens a step (columns are steps, numbers are prompt tokens, lines decode, dots wait):
 
-        step                   1     2     3     4     5   6-7     8
-        0 The cat sat          3  ━━━━  ━━━━     ■
-        1 Once upon a time     3     3  ━━━━  ━━━━     ■
-        2 The dog           ····     2  ━━━━  ━━━━     ■
-        3 One day, Max wen  ····  ····     3     3     3  ━━━━     ■
+        step                  1    2    3    4    5  6-7    8
+        0 The cat sat         3  ━━━  ━━━    ■
+        1 Once upon a time    3    3  ━━━  ━━━    ■
+        2 The dog           ···    2  ━━━  ━━━    ■
+        3 One day, Max wen  ···  ···    3    3    3  ━━━    ■
 
     That is `python nanoserve.py --prompt "The cat sat" --prompt "Once upon a time, Tom" --prompt "The dog" --prompt
     "One day, Max went to the park." --max-batched-tokens 6 --max-tokens 4 --timeline`, which also draws the pool.
