@@ -287,11 +287,11 @@ def _start(ROWS: tl.constexpr, D_PAD: tl.constexpr):
 # Online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022), for one query q:
 #
 #     m, l, o = -inf, 0, 0                  # largest score, sum of weights, weighted sum of values, so far
-#     for K, V in tiles of keys:
-#         s = scale * K @ q
+#     for k, v in tiles of keys and values:
+#         s = scale * k @ q
 #         new = max(m, max(s))
 #         a, p, m = exp(m - new), exp(s - new), new        # a: what the old sums are worth under the new maximum
-#         l, o = a * l + sum(p), a * o + p @ V
+#         l, o = a * l + sum(p), a * o + p @ v
 #     answer = o / l
 #
 # The rescale by a makes the order of tiles, and where they are cut, a matter of rounding alone. In the kernel exp is

@@ -14,6 +14,7 @@ prefill (Sarathi, Agrawal et al. 2023).
 
 from __future__ import annotations
 
+import _signal   # `signal` without its detour through enums, a tenth of all bookkeeping
 import argparse
 import ctypes
 import itertools
@@ -222,7 +223,7 @@ class Scheduler:
                 tokens, last = request.tokens[start:start + n], n == request.pending
                 plan.append((request, Chunk(tokens, start, table.blocks, int(last), table.row)))
                 budget -= n
-                pool.commit(table, request.tokens, start + n)
+                pool.commit(table, request.tokens, start + n)   # a newcomer of this very step may find it
         # The last token of a prompt may be a chunk of its own: like a decode, and to be served with them.
         return plan[:decodes] + sorted(plan[decodes:], key=lambda entry: len(entry[1].tokens) > 1)
 
@@ -429,14 +430,14 @@ def uninterrupted(method):
     """Ctrl-C during a call waits until the call is over and the books are in order."""
     @wraps(method)
     def call(*arguments):
-        handler, caught = signal.getsignal(signal.SIGINT), []
+        handler, caught = _signal.getsignal(signal.SIGINT), []
         if not callable(handler) or threading.current_thread() is not threading.main_thread():
             return method(*arguments)
-        signal.signal(signal.SIGINT, lambda *what: caught.append(what))
+        _signal.signal(signal.SIGINT, lambda *what: caught.append(what))
         try:
             return method(*arguments)
         finally:
-            signal.signal(signal.SIGINT, handler)
+            _signal.signal(signal.SIGINT, handler)
             if caught:
                 handler(*caught[0])
     return call
@@ -449,7 +450,7 @@ class LLM:
     is one. dtype: "auto" is the checkpoint's own, or on a CPU float32 if that measures faster. attention: "auto"
     is "triton" on a GPU and "torch" elsewhere; "triton" on a CPU runs the same kernels in Triton's
     interpreter, slowly. block_size: tokens per KV block; num_blocks: blocks in the pool;
-    max_batched_tokens: tokens per step; None is what suits the device. max_seqs: requests that may run at
+    max_batched_tokens: tokens per step; None is what suits the device. max_seqs: texts that may be written at
     once. prefix_cache: whether to look for prompts' beginnings among blocks computed before. cuda_graphs:
     whether decode steps are replayed; None: wherever attention is "triton" on a GPU.
     Raises ValueError, in one sentence, for what does not exist or does not fit.
@@ -838,7 +839,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="KV blocks in the pool (default: what --max-seqs needs and memory allows)")
     add("--max-batched-tokens", type=int, metavar="N",
         help="token budget of a step (default: 4096 on a GPU, 512 elsewhere)")
-    add("--max-seqs", type=int, default=64, metavar="N", help="requests that may run at once (default: 64)")
+    add("--max-seqs", type=int, default=64, metavar="N", help="texts that may be written at once (default: 64)")
     add("--json", action="store_true", help="print one JSON object per text instead of the text itself")
     add("--timeline", nargs="?", const="", metavar="FILE.svg",
         help="then draw who ran in which step, and the pool; to the terminal, or as a picture")

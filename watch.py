@@ -130,7 +130,7 @@ class Timeline:
             rows = [name + " " * (margin - columns(name)) + row for name, row in zip(names, cells)]
             kept = [row for row, cell in zip(rows[1:-3], cells[1:-3]) if cell.strip()]
             lines += [rows[0], *kept, *rows[-3:], ""]
-        legend = ", ".join(f"{sign} {meaning}" for sign, _, meaning in KINDS.values())
+        legend = ", ".join(f"{sign} {meaning}" for sign, _, meaning in KINDS.values()) + "; blocks: after the column"
         return "\n".join(line.rstrip() for line in [*lines, *textwrap.wrap(legend, width)])
 
     def svg(self) -> str:
