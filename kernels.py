@@ -88,9 +88,9 @@ class Chunk:
 class Batch:
     """The chunks of one step, flattened to T tokens of B requests. Build it with `make_batch`.
 
-    Requests with a single query token come first, be it sampled or the rest of a prompt: in Triton these
+    Requests with a single query token come first, be it sampled or a piece of a prompt: in Triton these
     `num_decodes` go to the decode kernel and the others to the prefill kernel, so a mixed step takes one
-    launch of each. All tensors are int64 views of `memory`, which reaches the device in one transfer.
+    launch of each per layer. All tensors are int64 views of `memory`, which reaches the device in one transfer.
     """
     memory: Tensor
     tokens_T: Tensor           # token ids
@@ -182,7 +182,7 @@ def write_kv_torch(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor,
 
 def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch, scale: float,
                     window: int | None = None, slopes_H: Tensor | None = None) -> Tensor:
-    """Attention by PyTorch's fused kernel, in as few calls per step as the requests' lengths allow.
+    """Attention by PyTorch's fused kernel, in few calls per layer.
 
     A decode is one row of queries per KV head, and what it costs is reading K and V once: where a request's blocks
     are neighbours they are one view [K, keys, D], read in place. A prefill is a call per chunk.
@@ -380,7 +380,7 @@ def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, slopes_ptr, tables_ptr, query_
     q_RD = tl.load(q_ptr + (index_R * q_stride + column_R)[:, None] + d[None, :], mask=live_RD, other=0.0)
     slope_R = tl.load(slopes_ptr + kv_head * G + row % G) * LOG2E if ALIBI else 0.0
 
-    # Keys behind the window and above the diagonal are never loaded. Between them: tiles that the window cuts,
+    # Tiles behind the window and above the diagonal are never loaded. Between them: tiles that the window cuts,
     # tiles that every row sees whole, tiles that the diagonal cuts.
     position_R = past + token
     last = tl.minimum(first + ROWS // G, q_len)

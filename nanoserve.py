@@ -55,7 +55,8 @@ class SamplingParams:
     temperature: float = 0.0       # logits are divided by it; 0 takes the most likely token
     top_k: int = 0                 # sample from the k most likely tokens; 0: from all
     top_p: float = 1.0             # sample from the fewest most likely tokens that add up to p (Holtzman et al. 2019)
-    seed: int | None = None        # the same seed gives the same text, whatever else runs (float32); None: by chance
+    seed: int | None = None        # the same seed gives the same text, whatever else runs (in float32, up to ties that
+                                   # rounding decides); None: by chance
     stop: str | tuple[str, ...] = ()   # end the text before any of these strings
     ignore_eos: bool = False       # go on to max_tokens
     n: int = 1                     # so many continuations of the prompt; with a seed, each has the next one
@@ -187,8 +188,8 @@ class Scheduler:
     A request is admitted when the pool can be expected to hold it and everyone running to their ends. How long an
     answer will get nobody knows: `usage` is the part of what they were allowed (max_tokens, or less if the context
     is short) that requests have used lately, at first all of it. A prompt gets all its blocks when it is admitted,
-    so the pool cannot run out in the middle of its chunks. It runs out when answers grow longer than expected: then
-    the youngest of the running, decoding or still in its chunks, is preempted. It gives its blocks back and waits
+    so its chunks never want for any. The pool runs out when answers grow longer than expected: then the youngest
+    of the running, decoding or still in its chunks, is preempted. It gives its blocks back and waits
     again at the front, and `usage` is multiplied by 1.5. Nothing is lost: its tokens are run again as if they were
     a prompt, less those that the prefix index still knows.
     """
@@ -205,7 +206,7 @@ class Scheduler:
         """Who runs in this step, and which of their tokens; single tokens first."""
         pool, S, plan, prompts = self.pool, self.pool.block_size, [], []
         # 1. The next token of everyone who is decoding, the oldest first.
-        for request in self.running:   # a preemption takes from its end
+        for request in self.running:   # which a preemption may cut short, from its end
             length, table = len(request.tokens), request.table
             if length - request.computed > 1:
                 prompts.append(request)
@@ -224,7 +225,7 @@ class Scheduler:
                 plan.append((request, Chunk(tokens, start, table.blocks, int(last), table.row)))
                 budget -= n
                 pool.commit(table, request.tokens, start + n)   # a newcomer of this very step may find it
-        # The last token of a prompt may be a chunk of its own: like a decode, and to be served with them.
+        # A piece of a prompt may be a single token: like a decode, and to be served with them.
         return plan[:decodes] + sorted(plan[decodes:], key=lambda entry: len(entry[1].tokens) > 1)
 
     def _newcomers(self) -> Iterator[Request]:
@@ -242,7 +243,8 @@ class Scheduler:
                 self.release(request)
                 self.refused = True
                 return
-            assert self.pool.grow(request.table, len(request.tokens), request.limit), "less than is expected, or alone"
+            fits = self.pool.grow(request.table, len(request.tokens), request.limit)
+            assert fits, "it takes no more than was expected, or has the pool to itself"
             promised += self._expected(request)
             self.reused_tokens += request.computed
             if not request.admitted:   # after a preemption it may find what it computed itself
@@ -429,13 +431,13 @@ def record(step):
 def uninterrupted(method):
     """Ctrl-C during a call waits until the call is over and the books are in order."""
     @wraps(method)
-    def call(*arguments):
+    def call(*arguments, **named):
         handler, caught = _signal.getsignal(signal.SIGINT), []
         if not callable(handler) or threading.current_thread() is not threading.main_thread():
-            return method(*arguments)
+            return method(*arguments, **named)
         _signal.signal(signal.SIGINT, lambda *what: caught.append(what))
         try:
-            return method(*arguments)
+            return method(*arguments, **named)
         finally:
             _signal.signal(signal.SIGINT, handler)
             if caught:
@@ -595,6 +597,7 @@ class LLM:
                 self.abort(self.doomed.pop())
 
     def _run_and_choose(self, plan: list[tuple[Request, Chunk]]):
+        """Logits for the plan, tokens from the logits, and then, when nothing can fail any more, the books."""
         # Only who has no tokens left to compute gets a new one: not a prompt that is still in pieces.
         ready = [request for request, chunk in plan if chunk.logits]
         takers = [sample for request in ready for sample in request.samples]
@@ -716,8 +719,9 @@ class LLM:
         if params.n > 1 or not self.tokenizer:
             raise ValueError(f"n is {params.n}: a stream is one text, so use generate, or n=1" if params.n > 1 else
                              f"{self.folder} has no tokenizer, and a stream is text: use generate")
-        out, shown = self.requests[self.add(prompt, params)].output, 0
+        shown, request_id = 0, self.next_id
         try:
+            out = self.requests[self.add(prompt, params)].output
             while out.finish_reason is None or shown < len(out.text):   # other calls make it grow, too
                 if shown == len(out.text):
                     self._turn()
@@ -727,8 +731,8 @@ class LLM:
             if out.error:
                 raise ValueError(out.error)
         finally:
-            self.abort(out.id)
-            self.grown.pop(out, None)
+            self.abort(request_id)
+            self.grown = {out: None for out in self.grown if out.id != request_id}
 
     def logits(self, prompt: str | list[int]) -> Tensor:
         """float32 [T, V]: what the model predicts after each of the prompt's tokens, through the same paged path."""

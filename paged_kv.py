@@ -61,7 +61,7 @@ class KVPool:
         self.num_blocks, self.block_size, self.prefix_cache = num_blocks, block_size, prefix_cache
         self.references = [0] * num_blocks                    # tables that hold each block
         self.free = dict.fromkeys(range(num_blocks - 1, -1, -1))   # an ordered set, the last is taken first
-        self.cached: OrderedDict[int, bytes] = OrderedDict()  # unreferenced but indexed, the longest released first
+        self.cached: OrderedDict[int, bytes] = OrderedDict()  # unreferenced but indexed, first who was released first
         self.frontier = 0                                     # the end of the last neighbours found for a new table
         self.index: dict[bytes, int] = {}                     # digest of a whole prefix -> block with its last S tokens
         self.digests: dict[int, bytes] = {}                   # the index, read the other way

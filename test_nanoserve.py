@@ -2,9 +2,10 @@
 
     python -m pytest            all of it; no GPU needed: the kernels run in Triton's interpreter
     python -m pytest -k kernel  one part
+    python -m pytest -k soak --soak-minutes 30 -s   the engine under pressure, for as long as you like
 
 In the order of the files: kernels, pool, checkpoints, forward pass, tokenizers, engine, command line,
-measurements, demo.
+measurements, demo, and what the words say.
 """
 
 import base64
@@ -1791,6 +1792,8 @@ def test_streams_lose_no_text_to_each_other_nor_to_a_generate():
         if turn == 7:
             assert llm.generate([prompts[1]], params)[0].text == alone[1]
     assert pieces == alone and not llm.requests and not llm.grown
+    rid = llm.add(prompt=prompts[0], params=params)
+    llm.abort(request_id=rid)
     stream = llm.stream(prompts[0])
     next(stream)
     assert llm.pool.num_referenced

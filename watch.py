@@ -4,8 +4,8 @@
     python nanoserve.py --prompts-file F --timeline chart.svg    the same as a picture
     python nanoserve.py --prompt "The cat sat" --explain         what each step computes, where, and at what cost
 
-`LLM.watchers` are called in every step; what they see is kept here and shown when all is over. Nothing else
-imports this file: without it the engine runs the same.
+`LLM.watchers` are called in every step; what they see is kept here and shown when all is over. Only the
+command line imports this file: without it the engine runs the same.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Timeline:
             rows = [name + " " * (margin - columns(name)) + row for name, row in zip(names, cells)]
             kept = [row for row, cell in zip(rows[1:-3], cells[1:-3]) if cell.strip()]
             lines += [rows[0], *kept, *rows[-3:], ""]
-        legend = ", ".join(f"{sign} {meaning}" for sign, _, meaning in KINDS.values()) + "; blocks: after the column"
+        legend = ", ".join(f"{sign} {meaning}" for sign, _, meaning in KINDS.values()) + "; blocks: in the column's last step"
         return "\n".join(line.rstrip() for line in [*lines, *textwrap.wrap(legend, width)])
 
     def svg(self) -> str:
@@ -264,7 +264,7 @@ def short(things: list) -> str:
 
 
 def describe_attention(llm: LLM, chunks: list[Chunk]) -> list[str]:
-    """Which calls or launches serve a step's chunks in every layer, and why these."""
+    """Which calls or launches serve a step's chunks in a layer (windows: in the first one), and why these."""
     c, pool, device = llm.config, llm.pool, llm.device
     batch, G = make_batch(chunks, pool.block_size, device, pool.block_tables_UM), c.H // c.K
     n, prompts = batch.num_decodes, chunks[batch.num_decodes:]
