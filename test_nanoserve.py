@@ -1582,7 +1582,7 @@ def test_timeline_from_the_command_line(tmp_path, capsys):
     assert "no/chart.svg cannot be written" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("backend", ["torch"] + (["triton"] if kernels.load_triton() else []))
+@pytest.mark.parametrize("backend", ["torch"] + (["triton"] if kernels.load_triton() and kernels.INTERPRETED else []))
 def test_explanation_gives_the_tokens_slots_cost_and_choice_of_each_step(monkeypatch, backend):
     monkeypatch.setattr(bench, "measured_ceiling", lambda device, dtype: bench.Ceiling(5e11, 2e10))
     llm = LLM(HERE / "demo/llama", dtype="float32", attention=backend, block_size=4, device="cpu")
@@ -2289,14 +2289,15 @@ def blocks_of_code(text):
         yield language, fenced or "\n".join(line[4:] for line in indented.strip("\n").split("\n"))
 
 
-def test_readme_shows_what_its_commands_print(capsys, monkeypatch):
+def test_readme_shows_what_its_commands_print(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(HERE)
     monkeypatch.setenv("COLUMNS", "120")
     found = list(blocks_of_code((HERE / "README.md").read_text()))
     shown = 0
     for (_, command), (_, expected) in zip(found, found[1:]):
         if command.startswith("python nanoserve.py") and "~" not in command:
-            assert nanoserve.main(shlex.split(command)[2:]) == 0
+            arguments = ["--device", "cpu", "--dtype", "float32", *shlex.split(command)[2:]]   # as it was recorded
+            assert nanoserve.main(arguments) == 0
             printed = capsys.readouterr().out
             printed = printed[printed.index("\nstep ") + 1:] if "--timeline" in command else printed
 
@@ -2304,6 +2305,10 @@ def test_readme_shows_what_its_commands_print(capsys, monkeypatch):
                 return re.sub(r"machine's [\d,]+: (\w+)-bound, [\d.]+ ms", "machine's", text).split()
             assert plain(printed) == plain(expected), command
             shown += 1
+            if "--timeline" in command:
+                assert nanoserve.main([*arguments, str(tmp_path / "chart.svg")]) == 0
+                assert (tmp_path / "chart.svg").read_text("utf-8") == (HERE / "docs/timeline.svg").read_text("utf-8")
+                capsys.readouterr()
     assert shown == 2
     for language, code in found:
         if language == "python":
