@@ -1299,6 +1299,30 @@ def test_each_full_block_is_hashed_once_and_a_refused_newcomer_is_not_asked_agai
     assert len(asked) <= 3 + 2 + 3, "once each, once more each time that blocks came back"
 
 
+def test_deciding_costs_the_same_for_long_texts_and_queues(lone):
+    """Counted in lines of Python that a decode step of four requests executes."""
+    folder, prompts, _ = lone["llama"]
+
+    def lines_of_a_step(length, queue):
+        llm, files, lines = LLM(folder, max_seqs=4), {nanoserve.__file__, paged_kv.__file__, kernels.__file__}, 0
+        for _ in range(4 + queue):
+            llm.add([7] * length, SamplingParams(max_tokens=20, ignore_eos=True))
+        while any(r.pending > 1 for r in llm.scheduler.running) or llm.steps < 3:
+            llm.step()
+
+        def count(frame, event, argument):
+            nonlocal lines
+            lines += event == "line"
+            return count if frame.f_code.co_filename in files else None
+        tracer = sys.gettrace()
+        sys.settrace(count)
+        llm.step()
+        sys.settrace(tracer)
+        assert len(llm.scheduler.running) == 4 and len(llm.scheduler.waiting) == queue
+        return lines
+    assert lines_of_a_step(5, 1) == lines_of_a_step(5, 400) == lines_of_a_step(116, 1)
+
+
 def test_samples_share_the_prompt_and_equal_lone_runs_with_their_seeds(lone):
     folder, prompts, expected = lone["llama"]
     hot = dict(temperature=1.5, max_tokens=NEW, ignore_eos=True)
