@@ -50,7 +50,7 @@ import kernels
 import nanoserve
 from kernels import Chunk, make_batch
 from model import DTYPES, RACES, Config, race_for, read_config
-from nanoserve import LLM, SamplingParams, find_device
+from nanoserve import LLM, SamplingParams, exit_status, find_device
 
 
 def llama(V: int, E: int, I: int, L: int, H: int, K: int, **more) -> dict:
@@ -895,7 +895,6 @@ COMMANDS = {"phases": phases, "batch": batch, "cache": kv_cache, "traffic": traf
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser("bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"bench.py: {message}; see --help\n")
     add = parser.add_argument
@@ -913,45 +912,37 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", metavar="FILE", help="write the tables as JSON, with machine, versions, command and date")
     add("--plot", metavar="FILE", help="draw them; needs matplotlib")
     args = parser.parse_args(argv)
+    return exit_status("bench.py", lambda: measure(args, sys.argv if argv is None else ["bench.py", *argv]))
+
+
+def measure(args: argparse.Namespace, command: list[str]) -> int:
+    """Run the command that the arguments name, and write what it found."""
+    for name in ("tokens", "head_dim", "context"):
+        if getattr(args, name) < 8:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be 8 or more")
     try:
-        for name in ("tokens", "head_dim", "context"):
-            if getattr(args, name) < 8:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be 8 or more")
+        pyplot = import_module("matplotlib.pyplot") if args.plot else None
+    except ImportError:
+        raise ValueError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
+    if args.plot and args.command == "estimate":
+        raise ValueError("a table of formulas cannot be drawn: leave --plot out")
+    device = find_device("cpu" if args.command == "cpu" or args.command == "estimate" else args.device)
+    for path in map(Path, filter(None, (args.json, args.plot))):   # now rather than after minutes of work
+        new = not path.exists()
         try:
-            pyplot = import_module("matplotlib.pyplot") if args.plot else None
-        except ImportError:
-            raise ValueError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
-        if args.plot and args.command == "estimate":
-            raise ValueError("a table of formulas cannot be drawn: leave --plot out")
-        device = find_device("cpu" if args.command == "cpu" or args.command == "estimate" else args.device)
-        for path in map(Path, filter(None, (args.json, args.plot))):   # now rather than after minutes of work
-            new = not path.exists()
-            try:
-                path.open("a").close()
-            except OSError as error:
-                raise ValueError(f"{path} cannot be written ({error.strerror}): name another file") from None
-            if new:
-                path.unlink()
+            path.open("a").close()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written ({error.strerror}): name another file") from None
+        if new:
+            path.unlink()
+    try:
         COMMANDS[args.command](args)
-        if args.json:
-            save_json(args.json, sys.argv if argv is None else ["bench.py", *argv], device)
-        if args.plot:
-            save_plot(args.plot, pyplot)
-    except (ValueError, OSError, RuntimeError) as error:
+    finally:
         progress("")
-        text = str(error).split("\n")[0]
-        if isinstance(error, RuntimeError):
-            if "memory" not in text:
-                raise
-            text = f"out of memory ({text}): take a smaller model, dtype or number of tokens"
-        elif isinstance(error, OSError):   # nobody reads any more, or the disk is full
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            text = f"the output could not be written ({error.strerror}): send it elsewhere"
-        print(f"bench.py: {text}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nbench.py: interrupted", file=sys.stderr)
-        return 130
+    if args.json:
+        save_json(args.json, command, device)
+    if args.plot:
+        save_plot(args.plot, pyplot)
     return 0
 
 

@@ -939,31 +939,40 @@ def show_text(args: argparse.Namespace, llm: LLM, prompt: str, out: Output):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, 2 for bad input, 1 if standard output was closed or is full, 130 after Ctrl-C."""
     args = parse_arguments(argv)
+    return exit_status("nanoserve.py", lambda: serve(args))
+
+
+def exit_status(name: str, command: Callable[[], int]) -> int:
+    """What the command returns; 2 for bad input, 1 if standard output was closed or is full, 130 after Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stderr = sys.stderr or open(os.devnull, "w")   # None: the shell closed it
     if sys.stdout is None:
-        say("nanoserve.py: standard output is closed: give the text somewhere to go")
+        say(f"{name}: standard output is closed: give the text somewhere to go")
         return 1
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        return serve(args)
+        return command()
     except KeyboardInterrupt:
-        say("\nnanoserve.py: interrupted")
+        say(f"\n{name}: interrupted")
         return 130
     except ValueError as error:
-        say(f"nanoserve.py: {error}")
+        say(f"{name}: {error}")
         return 2
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python complains again when it exits
         if isinstance(error, BrokenPipeError):
-            say("nanoserve.py: standard output was closed before the text was complete: "
-                "keep the reader open, or ask for less with --max-tokens")
+            say(f"{name}: standard output was closed before the text was complete: keep the reader open, or ask for less")
         else:
-            say(f"nanoserve.py: the text could not be written ({error.strerror}): send it elsewhere")
+            say(f"{name}: the text could not be written ({error.strerror}): send it elsewhere")
         return 1
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        first_line = str(error).split("\n")[0]
+        say(f"{name}: out of memory ({first_line}): take a smaller model, dtype or number of tokens")
+        return 2
 
 
 if __name__ == "__main__":

@@ -2128,6 +2128,18 @@ def test_bad_input_ends_a_process_without_a_traceback(tmp_path):
         assert code == 2 and out == "" and err.count("\n") == 1, err
 
 
+def test_want_of_memory_is_said_in_one_sentence_and_a_fault_of_ours_is_not_hidden(monkeypatch, capsys):
+    def serve(args):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB.\nMore advice")
+    monkeypatch.setattr(nanoserve, "serve", serve)
+    assert nanoserve.main(["--prompt", "x"]) == 2
+    assert capsys.readouterr().err == ("nanoserve.py: out of memory (CUDA out of memory. Tried to allocate 2 GiB.): "
+                                       "take a smaller model, dtype or number of tokens\n")
+    monkeypatch.setattr(nanoserve, "serve", lambda args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        nanoserve.main(["--prompt", "x"])
+
+
 def test_ctrl_c_ends_cleanly():
     process = subprocess.Popen([sys.executable, str(HERE / "nanoserve.py"), "--prompt", "The cat sat", "--ignore-eos", "--max-tokens", "900"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
