@@ -71,10 +71,10 @@ class SamplingParams:
         temperature, top_p = (isinstance(x, Real) and x for x in (self.temperature, self.top_p))
         for name, fits, kind in (
                 ("max_tokens", is_int(self.max_tokens) and self.max_tokens > 0, "a whole number, 1 or more"),
-                ("temperature", temperature is not False and 0 <= temperature <= 1e6, "0 (greedy) or more, to a million"),
+                ("temperature", temperature is not False and 0 <= temperature <= 1e6, "from 0 (greedy) to a million"),
                 ("top_k", is_int(self.top_k) and 0 <= self.top_k < 2 ** 31, "a whole number, 0 (off) to 2147483647"),
                 ("top_p", 0 < top_p <= 1, "above 0 and at most 1"),
-                ("seed", self.seed is None or is_int(self.seed) and self.seed >= 0, "a whole number, 0 or more, or None"),
+                ("seed", self.seed is None or is_int(self.seed) and self.seed >= 0, "None or a whole number from 0 on"),
                 ("n", is_int(self.n) and self.n > 0, "a whole number, 1 or more"),
                 ("logprobs", self.logprobs is None or is_int(self.logprobs) and self.logprobs >= 0, "None, 0 or more"),
                 ("logits_processor", self.logits_processor is None or callable(self.logits_processor), "a function")):
@@ -217,7 +217,8 @@ class Scheduler:
                 if length % S == 0:
                     pool.commit(table, request.tokens, length)
         # 2. The prompts that are under way, then newcomers.
-        budget, decodes, queue = self.max_batched_tokens - len(plan), len(plan), itertools.chain(prompts, self._newcomers())
+        decodes, queue = len(plan), itertools.chain(prompts, self._newcomers())
+        budget = self.max_batched_tokens - decodes
         while budget and (request := next(queue, None)):
             table, start, n = request.table, request.computed, min(request.pending, budget)
             if table.blocks:   # else it has just been preempted
@@ -520,8 +521,8 @@ class LLM:
                              f"{memory / 1e9:.1f} GB: at most {memory // block_bytes} blocks fit")
         tables, width = max_seqs + 1, min(num_blocks, -(-c.context // block_size))   # a table more, for `logits`
         if tables * width * 8 > memory // 8:
-            raise ValueError(f"block tables for {max_seqs} requests of {width} blocks need {tables * width * 8 / 1e9:.1f} "
-                             "GB: lower max_seqs or max_batched_tokens")
+            raise ValueError(f"block tables for {max_seqs} requests of {width} blocks need {tables * width / 125e6:.1f}"
+                             " GB: lower max_seqs or max_batched_tokens")
         return KVPool(c.L, c.K, c.D, num_blocks, block_size, dtype, self.device, prefix_cache, tables, width)
 
     # --- the loop, one turn at a time
@@ -963,7 +964,7 @@ def exit_status(name: str, command: Callable[[], int]) -> int:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python complains again when it exits
         if isinstance(error, BrokenPipeError):
-            say(f"{name}: standard output was closed before the text was complete: keep the reader open, or ask for less")
+            say(f"{name}: standard output was closed before the text was complete: keep it open, or ask for less")
         else:
             say(f"{name}: the text could not be written ({error.strerror}): send it elsewhere")
         return 1

@@ -130,8 +130,9 @@ class Timeline:
             rows = [name + " " * (margin - columns(name)) + row for name, row in zip(names, cells)]
             kept = [row for row, cell in zip(rows[1:-3], cells[1:-3]) if cell.strip()]
             lines += [rows[0], *kept, *rows[-3:], ""]
-        legend = ", ".join(f"{sign} {meaning}" for sign, _, meaning in KINDS.values()) + "; blocks: in the column's last step"
-        return "\n".join(line.rstrip() for line in [*lines, *textwrap.wrap(legend, width)])
+        legend = ", ".join(f"{sign} {meaning}" for sign, _, meaning in KINDS.values())
+        legend = textwrap.wrap(f"{legend}; blocks: in the column's last step", width)
+        return "\n".join(line.rstrip() for line in [*lines, *legend])
 
     def svg(self) -> str:
         """The chart as a picture: steps with a prefill are wide enough for its number of tokens."""
