@@ -1,4 +1,5 @@
 """How we know. Each test reads like the sentence that it proves, and compares with something computed another way.
+(Read each part beside the file that it tests.)
 
     python -m pytest            all of it; no GPU needed: the kernels run in Triton's interpreter
     python -m pytest -k kernel  one part
@@ -2254,6 +2255,35 @@ def test_each_measurement_prints_a_narrow_table_and_writes_it_as_json(tmp_path, 
         assert len(header) <= 100 and all(len(row) == len(table["header"]) for row in table["rows"])
         assert all(cell > 0 for row in table["rows"] for cell in row if not isinstance(cell, str))
     assert max(map(len, lines[1:])) <= 100
+
+
+def test_cpu_measures_every_row(monkeypatch, capsys):
+    """With small shapes in the place of gpt2 and llama-135m, and without transformers."""
+    small = dict(gpt2=bench.SHAPES["gpt2"] | dict(n_embd=32, n_layer=1, n_head=2, vocab_size=99),
+                 **{"llama-135m": bench.llama(99, 32, 48, 1, 4, 2)})
+    for name, value in (("SHAPES", small), ("TABLES", []), ("transformers", lambda: None),
+                        ("measured_ceiling", lambda device, dtype: bench.Ceiling(4e11, 3e10))):
+        monkeypatch.setattr(bench, name, value)
+    assert bench.main(["cpu"]) == 0
+    speed, context = bench.TABLES
+    rows = {row[0]: row[1:] for row in speed["rows"]}
+    for shape, dtype in (("gpt2", "float32"), ("gpt2", "bfloat16"), ("llama-135m", "float32"), ("llama-135m", "bfloat16")):
+        assert rows[f"{shape} {dtype}: prefill 512"][1].endswith("GFLOP/s") and rows[f"{shape} {dtype}: prefill 512"][2] > 0
+        for batch in (1, 16):
+            rate, reached, percent, *theirs = rows[f"{shape} {dtype}: decode, batch {batch}"]
+            assert rate > 0 and reached.endswith("GB/s") and percent >= 0 and theirs == ["-", "-"]
+    assert [row[0] for row in context["rows"]] == ["float32", "bfloat16"] and len(rows) == 15
+    assert "A decode step of demo/llama takes" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(kernels.load_triton() is None or torch.cuda.is_available(), reason="no Triton here, or a GPU")
+def test_compiled_kernels_are_those_in_the_results():
+    done = subprocess.run([sys.executable, "bench.py", "kernels"], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    versions, *printed = done.stdout.splitlines()
+    _, recorded_versions, *recorded = (HERE / "results/kernels-compiled.txt").read_text().splitlines()
+    if versions.split("Triton")[1] == recorded_versions.split("Triton")[1]:
+        assert printed == recorded
 
 
 def test_static_batches_wait_for_their_longest_and_continuous_ones_do_not(lone):

@@ -1,4 +1,4 @@
-"""Watch the loop decide.
+"""Watch the loop decide. (Read nanoserve.py first.)
 
     python nanoserve.py --prompts-file F --timeline              who ran in which step
     python nanoserve.py --prompts-file F --timeline chart.svg    the same as a picture
