@@ -2406,6 +2406,8 @@ def test_worked_example_in_the_docstrings_is_true():
     squeezed = " ".join(paged_kv.__doc__.split())
     assert f'request 0 {" ".join(words[0][:2])} | {" ".join(words[0][2:4])} | {words[0][4]} S = 2 its table 0 | 1 | 2 ' in squeezed
     assert f'request 1 {" ".join(words[1][:2])} | {" ".join(words[1][2:])} its table 3 | 4 token 2 -> block 4, slot 4 * 2 + 0 = 8' in squeezed
+    picture = (HERE / "docs/step.svg").read_text()
+    assert all(f">{i}</text>" in picture for r in requests for i in r.tokens[:-1]) and "slot 4 x 2 + 0 = 8" in picture
     assert requests[1].tokens[2] == 479 and "Chunk([479], start=2, blocks=[3, 4])" in kernels.__doc__
 
     c, (token,) = llm.config, requests[0].tokens[3:4]
