@@ -325,7 +325,8 @@ def phases(args: argparse.Namespace):
 
 
 def batch(args: argparse.Namespace):
-    """Decode against batch size, measured and by the roofline."""
+    """Decode against batch size, measured and by the roofline: a step reads the weights once for all its requests, so
+    it costs little more for several, until their own K and V, or their operations, outweigh the weights."""
     lab, rows, context = Lab(args), [], 128
     c = lab.config
     sizes = [1, 2, 4, 8, 16, 32]

@@ -183,7 +183,8 @@ class Scheduler:
     "One day, Max went to the park." --max-batched-tokens 6 --max-tokens 4 --timeline`, which also draws the pool.
 
     `running` and `waiting` are both in order of arrival, and everyone running came before everyone waiting; nobody
-    is overtaken, so nobody starves. Everyone decoding gets a token in every step, unless it is preempted.
+    is overtaken, so nobody starves. Everyone decoding gets a token in every step, unless it is preempted: no more
+    run at once (max_seqs) than a step has tokens.
 
     A request is admitted when the pool can be expected to hold it and everyone running to their ends. How long an
     answer will get nobody knows: `usage` is the part of what they were allowed (max_tokens, or less if the context

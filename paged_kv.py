@@ -124,7 +124,8 @@ class KVPool:
         other.known, other.digests = table.known, list(table.digests)
 
     def own_last(self, table: BlockTable) -> bool:
-        """Copy on write: make the table's last block its own. False, and nothing changed, if no block is left."""
+        """Copy on write: make the table's last block its own. Who holds it alone, as the last one does when the others
+        have their copies, keeps it. False, and nothing changed, if no block is left."""
         shared = table.blocks[-1]
         if self.references[shared] > 1:
             if not self.available:
