@@ -14,9 +14,10 @@ last. A query row is one query head of one token, and the G query heads that sha
     decode     G rows, 1 token x G    4 G D operations per key    2 D numbers, 4 D bytes    G operations per byte
 
 An H100 does 295 operations in the time of a byte (`python bench.py estimate --hardware h100`): prefill, with
-the hundreds of rows of a chunk, is bound by arithmetic, decode by bandwidth. (A tile holds 128 rows at a time; its
-neighbours find the same keys in the L2 cache.) Decode has another trouble: a few rows cannot fill a machine. So its keys are cut into splits that run side by side, and merge by the recurrence of online softmax:
-its three running values are all that a split leaves behind.
+the hundreds of rows of a chunk, is bound by arithmetic, decode by bandwidth. (A tile holds 128 rows at a time;
+its neighbours find the same keys in the L2 cache.) Decode has another trouble: a few rows cannot fill a machine.
+So its keys are cut into splits that run side by side, and merge by the recurrence of online softmax: its three
+running values are all that a split leaves behind.
 
 Nobody keeps q, by the way: a later token asks with its own query, and needs only keys and values.
 
