@@ -485,7 +485,7 @@ def attention_triton(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch
     q_THD may be a view with a row stride of its own; heads and D must be contiguous.
     """
     load_triton()
-    (T, H, D), (K, N, S, _) = q_THD.shape, k_KNSD.shape
+    (_, H, D), (K, N, S, _) = q_THD.shape, k_KNSD.shape
     G, n = H // K, batch.num_decodes
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     # tl.dot wants powers of two, and at least 16 of everything.

@@ -1220,8 +1220,7 @@ def test_youngest_is_preempted_and_loses_nothing(lone):
     llm = LLM(folder, block_size=4, num_blocks=17, max_batched_tokens=99, prefix_cache=False)
     ids = [llm.add(prompts[i], SamplingParams(max_tokens=NEW)) for i in (3, 4)]   # 23 and 50 tokens: 6 and 13 blocks
     ids[0:0] = [llm.add(prompts[1], SamplingParams(max_tokens=NEW))]
-    requests, seen = [llm.requests[i] for i in ids], []
-    order = []
+    requests, order = [llm.requests[i] for i in ids], []
     while llm.requests:
         before, llm.scheduler.usage = [r.computed for r in requests], 0.0   # it thinks that all will end soon
         llm.step()
@@ -1553,7 +1552,7 @@ def test_timeline_shows_what_happened_in_every_step(lone):
 def test_timeline_fits_the_terminal_and_loses_no_step(lone):
     folder, prompts, _ = lone["llama"]
     llm = LLM(folder, block_size=4, num_blocks=22, max_batched_tokens=12)
-    timeline, preempted, reused = watch_loop.Timeline(llm), 0, 0
+    timeline = watch_loop.Timeline(llm)
     for i, n in [(4, 1), (4, 3), (0, 1), (7, 1), (2, 1)]:
         llm.add(prompts[i], SamplingParams(max_tokens=NEW, ignore_eos=True, n=n))
     while llm.requests:
