@@ -50,7 +50,7 @@ import kernels
 import nanoserve
 from kernels import Chunk, make_batch
 from model import DTYPES, RACES, Config, race_for, read_config
-from nanoserve import LLM, SamplingParams, exit_status, find_device
+from nanoserve import LLM, SamplingParams, check_writable, exit_status, find_device
 
 
 def llama(V: int, E: int, I: int, L: int, H: int, K: int, **more) -> dict:
@@ -928,14 +928,8 @@ def measure(args: argparse.Namespace, command: list[str]) -> int:
     if args.plot and args.command == "estimate":
         raise ValueError("a table of formulas cannot be drawn: leave --plot out")
     device = find_device("cpu" if args.command == "cpu" or args.command == "estimate" else args.device)
-    for path in map(Path, filter(None, (args.json, args.plot))):   # now rather than after minutes of work
-        new = not path.exists()
-        try:
-            path.open("a").close()
-        except OSError as error:
-            raise ValueError(f"{path} cannot be written ({error.strerror}): name another file") from None
-        if new:
-            path.unlink()
+    for path in map(Path, filter(None, (args.json, args.plot))):
+        check_writable(path)
     try:
         COMMANDS[args.command](args)
     finally:

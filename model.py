@@ -638,7 +638,6 @@ class Tokenizer:
         self.splits = [split and regex.compile(rf"(?:{split})|(?:(?!{split})[\s\S])+") for split in splits]
         self.tokens = tokens | {a["id"]: a["content"].encode() for a in added}
         self.special = {a["id"] for a in added if a.get("special")}
-        self.visible = {i: token for i, token in self.tokens.items() if i not in self.special}
         self.before, self.after, self.normal_form, self.whole = before, after, normal_form, whole
         self.words = lru_cache(1 << 16)(self._encode_word)
         # Added tokens are cut out of the text as it is, or as it is once normalized, special ones only if asked for.
@@ -701,7 +700,7 @@ class Tokenizer:
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
         def push(i: int, last: bool) -> str:
-            token = self.visible.get(i, b"")
+            token = b"" if i in self.special else self.tokens.get(i, b"")
             return token.decode() if token.isascii() and not utf8.buffer else utf8.decode(token, last)
         return push
 

@@ -688,14 +688,14 @@ class LLM:
                         self._turn()
             return outputs
         finally:
-            self._leave(first)
+            self._leave(range(first, self.next_id))
 
-    def _leave(self, first: int):
-        """Interrupted or not, leave nothing behind of the requests from this id on. What others have grown meanwhile
-        the next `step` hands out."""
-        for request_id in [i for i in self.requests if i >= first]:
+    def _leave(self, ids: range):
+        """Interrupted or not, leave nothing behind of these requests. What others have grown meanwhile the next `step`
+        hands out."""
+        for request_id in [i for i in self.requests if i in ids]:
             self.abort(request_id)
-        self.grown = {out: None for out in self.grown if out.id < first}
+        self.grown = {out: None for out in self.grown if out.id not in ids}
 
     def start(self, prompts: str | list, params: SamplingParams | list[SamplingParams]) -> list[Output]:
         """`add` every prompt; one that is refused gets an output that has already ended, with its error."""
@@ -733,8 +733,7 @@ class LLM:
             if out.error:
                 raise ValueError(out.error)
         finally:
-            self.abort(request_id)
-            self.grown = {out: None for out in self.grown if out.id != request_id}
+            self._leave(range(request_id, request_id + 1))
 
     def logits(self, prompt: str | list[int]) -> Tensor:
         """float32 [T, V]: what the model predicts after each of the prompt's tokens, through the same paged path."""
@@ -900,6 +899,8 @@ def serve(args: argparse.Namespace) -> int:
     llm = LLM(args.model, args.device, args.dtype, args.attention, args.block_size, args.num_blocks,
               args.max_batched_tokens, args.max_seqs)
     watchers = []
+    if args.timeline:
+        check_writable(Path(args.timeline))
     if args.timeline is not None or args.explain:
         import watch
         watchers += [watch.Timeline(llm, args.timeline)] if args.timeline is not None else []
@@ -919,6 +920,17 @@ def serve(args: argparse.Namespace) -> int:
     for watcher in watchers:
         watcher.show(say if args.json else print)
     return 2 if any(sample.error for out in outputs for sample in out.samples) else 0
+
+
+def check_writable(path: Path):
+    """Now rather than after minutes of work. Raises ValueError."""
+    new = not path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}): name another file") from None
+    if new:
+        path.unlink()
 
 
 def show_text(args: argparse.Namespace, llm: LLM, prompt: str, out: Output):

@@ -44,16 +44,11 @@ class Timeline:
     """A row per request and a column per step, and under them the pool."""
 
     def __init__(self, llm: LLM, file: str = ""):
-        """file: where `show` draws it; "": it prints it. Raises ValueError if that cannot be written."""
+        """file: where `show` draws it; "": it prints it."""
         self.llm, self.file = llm, file
         self.rows, self.pool, self.texts = {}, [], {}    # rows: Output -> its cells by step
         self.computed = {}                               # Output -> tokens with K and V after its last step
         llm.watchers.append(self.record)
-        try:
-            if file:
-                open(file, "a").close()
-        except OSError as error:
-            raise ValueError(f"{file} cannot be written ({error.strerror}): name another file") from None
 
     def record(self, plan: list[tuple[Request, Chunk]], takers: list[Request], tokens: list[int], logits_BV: Tensor):
         step, scheduler = len(self.pool), self.llm.scheduler
