@@ -765,14 +765,15 @@ def show_compiled():
 # ---------------------------------------------------------------------------------------------
 # With a GPU: check, then time
 
-def paged_inputs(lens: list[tuple[int, int]], H: int, K: int, D: int, S: int, dtype) -> tuple:
+def paged_inputs(lens: list[tuple[int, int]], H: int, K: int, D: int, S: int, dtype: torch.dtype,
+                 device: torch.device) -> tuple:
     """q, K and V pools with shuffled blocks, and the batch, for requests of (query tokens, past)."""
     need = [-(-(n + past) // S) for n, past in lens]
     blocks = torch.randperm(sum(need)).tolist()
     chunks = [Chunk([0] * n, past, [blocks.pop() for _ in range(b)]) for (n, past), b in zip(lens, need)]
-    batch = make_batch(chunks, S, "cuda")
-    q = torch.randn(sum(n for n, _ in lens), H, D, device="cuda", dtype=dtype)
-    k, v = (torch.randn(K, sum(need), S, D, device="cuda", dtype=dtype) for _ in "kv")
+    batch = make_batch(chunks, S, device)
+    q = torch.randn(sum(n for n, _ in lens), H, D, device=device, dtype=dtype)
+    k, v = (torch.randn(K, sum(need), S, D, device=device, dtype=dtype) for _ in "kv")
     return q, k, v, batch, D ** -0.5
 
 
@@ -796,44 +797,44 @@ def gpu_seconds(calls: list, repeats: int = 20) -> float:
     return statistics.median(times[2:])
 
 
-def check_on_gpu():
+CACHE = 2e8   # bytes, more than the L2 cache of any GPU: so much is read before anything is read again
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}   # of results around 1
+
+
+def check_kernels(device: torch.device, lens: list[tuple[int, int]], dtypes=tuple(TOLERANCE)):
     """Every kernel against the float64 definition, on fresh random data. Exits at the first that differs."""
     shapes = [(D, 32, 8, 64, None) for D in (64, 80, 128, 256)] + [(128, 32, 8, 16, None), (128, 32, 8, 64, 100)]
     shapes += [(128, H, K, 64, None) for H, K in ((8, 8), (14, 2), (71, 1))]
-    worst, dtypes = 0.0, ((torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2))
-    for (dtype, tolerance), (D, H, K, S, window) in itertools.product(dtypes, shapes):
+    worst = 0.0
+    for dtype, (D, H, K, S, window) in itertools.product(dtypes, shapes):
+        progress(f"checking {dtype}, head size {D}")
         try:
-            kernels.check("triton", torch.device("cuda"), dtype, H, K, D, S)
+            kernels.check("triton", device, dtype, H, K, D, S)
         except ValueError:
             continue
-        inputs = paged_inputs([(1, 700), (1, 0), (1, 3000), (300, 500), (77, 0)], H, K, D, S, dtype)
+        inputs = paged_inputs(lens, H, K, D, S, dtype, device)
         exact = kernels.attention_naive(*[x.double() if torch.is_tensor(x) else x for x in inputs], window)
-        error = (kernels.attention_triton(*inputs, window) - exact).abs().max().item()
-        if not error < tolerance:
-            sys.exit(f"bench.py: {dtype}, D={D}, {H}:{K} heads, blocks of {S}, window {window}: off by {error}")
-        worst = max(worst, error / tolerance)
+        error = (kernels.attention_triton(*inputs, window) - exact).abs().max().item() / TOLERANCE[dtype]
+        if not error < 1:
+            sys.exit(f"bench.py: {dtype}, D={D}, {H}:{K} heads, blocks of {S}, window {window}: the largest error is "
+                     f"{error:.1f} times what the dtype allows")
+        worst = max(worst, error)
+    progress("")
     print(f"All kernels equal the float64 definition; the largest error is {worst:.0%} of what the dtype allows.")
 
 
-def show_measured():
-    check_on_gpu()
-    a, b = (torch.empty(1 << 30, dtype=torch.int8, device="cuda") for _ in "ab")
-    bandwidth = 2 * a.nbytes / gpu_seconds([lambda: b.copy_(a)])
-    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    peak = 2 * 8192 ** 3 / gpu_seconds([lambda: x @ x])
-    del a, b, x
-    print(f"Ceilings: copy {bandwidth / 1e12:.2f} TB/s, bfloat16 product {peak / 1e12:.0f} TFLOP/s")
-
-    rows, H, K, D = [], 32, 8, 128
-    for T in (2048, 8192, 16384):
+def time_prefill(device: torch.device, dtype: torch.dtype, lengths: tuple[int, ...], peak: float, H=32, K=8, D=128):
+    """Beside PyTorch's kernels, which get contiguous K and V."""
+    rows = []
+    for T in lengths:
+        progress(f"prefill {T}")
         operations = 4 * D * H * T * T / 2
-        copies = max(2, 32768 // T)   # together more than the L2 cache holds
-        sets = [paged_inputs([(T, 0)], H, K, D, 64, torch.bfloat16) for _ in range(copies)]
+        copies = 1 + int(CACHE / (T * (H + 2 * K) * D * dtype.itemsize))
+        sets = [paged_inputs([(T, 0)], H, K, D, 64, dtype, device) for _ in range(copies)]
         ours = gpu_seconds([lambda s=s: kernels.attention_triton(*s) for s in sets])
         row = [f"prefill {T}", f"{operations / ours / 1e12:.0f} TFLOP/s", f"{operations / ours / peak:.0%}"]
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-            sets = [[torch.randn(1, h, T, D, device="cuda", dtype=torch.bfloat16) for h in (H, K, K)]
-                    for _ in range(copies)]
+            sets = [[torch.randn(1, h, T, D, device=device, dtype=dtype) for h in (H, K, K)] for _ in range(copies)]
             try:
                 with sdpa_kernel(backend):
                     row.append(gpu_seconds([lambda s=s: F.scaled_dot_product_attention(
@@ -841,35 +842,57 @@ def show_measured():
             except RuntimeError:   # a build of PyTorch without this backend
                 row.append("-")
         rows.append(row)
-    print_table("Causal prefill through block tables, bfloat16, 32:8 heads, head size 128",
+    print_table(f"Causal prefill through block tables, {dtype}, {H}:{K} heads, head size {D}",
                 ["", "ours", "of the product", "speed / flash", "speed / cuDNN"], rows)
 
+
+def time_decode(device: torch.device, dtype: torch.dtype, loads: list[tuple[int, int]], bandwidth: float, H=32, K=8,
+                D=128):
+    """loads: (requests, tokens of context each)."""
     rows = []
-    neighbours = [(B, 8192) for B in (1, 2, 3, 4, 7, 8, 9, 12, 15, 16, 17, 24, 32)]   # a cliff would show
-    for B, T in ((1, 131072), (8, 16384), (64, 4096), *neighbours):
-        moved = 2 * B * T * K * D * 2
-        sets = [paged_inputs([(1, T - 1)] * B, H, K, D, 64, torch.bfloat16) for _ in range(1 + int(2e8 / moved))]
+    for B, T in loads:
+        progress(f"decode {B} x {T}")
+        moved = 2 * B * T * K * D * dtype.itemsize
+        sets = [paged_inputs([(1, T - 1)] * B, H, K, D, 64, dtype, device) for _ in range(1 + int(CACHE / moved))]
         seconds = gpu_seconds([lambda s=s: kernels.attention_triton(*s) for s in sets])
         rows.append([f"decode {B} x {T}", f"{seconds * 1e6:.0f} us", f"{moved / seconds / 1e12:.2f} TB/s",
                      f"{moved / seconds / bandwidth:.0%}"])
-    print_table("Decode through block tables, bfloat16, 32:8 heads, head size 128",
+    print_table(f"Decode through block tables, {dtype}, {H}:{K} heads, head size {D}",
                 ["", "time", "K and V read at", "of the copy"], rows)
 
-    rows = []
-    for shape in ("gpt2", "llama-8b"):
+
+def time_texts(shapes: tuple[str, ...], bandwidth: float):
+    """The whole engine on random weights, one text at a time."""
+    rows, params = [], SamplingParams(max_tokens=400, ignore_eos=True)
+    for shape in shapes:
+        progress(f"generating with {shape}")
         try:
             llm = LLM(config_of(shape))
         except (ValueError, RuntimeError):   # a smaller GPU
             rows.append([shape, "does not fit", "-", "-"])
             continue
-        params = SamplingParams(max_tokens=400, ignore_eos=True)
         llm.generate([[1] * 100], params)   # compile and record
         tps = statistics.median(llm.generate([[1] * 100], params)[0].tps for _ in range(5))
-        bound = bandwidth / step_cost(llm.config, [(1, 300)], 2).bytes   # at the mean context
-        rows.append([shape, f"{tps:.0f}", f"{bound:.0f}", f"{tps / bound:.0%}"])
+        bound = bandwidth / step_cost(llm.config, [(1, 300)], DTYPES[llm.dtype].itemsize).bytes   # at the mean context
+        rows.append([f"{shape} {llm.dtype}", f"{tps:.0f}", f"{bound:.0f}", f"{tps / bound:.0%}"])
         del llm
-    print_table("End to end at batch 1, random weights, bfloat16", ["", "tokens/s", "bandwidth bound", "reached"], rows)
-    print("\nThe bound: bytes of the weights that a token reads, and of its K and V, over the copy's bandwidth.")
+    print_table("End to end at batch 1, random weights", ["", "tokens/s", "bandwidth bound", "reached"], rows,
+                "The bound: bytes of the weights that a token reads, and of its K and V, over the copy's bandwidth.")
+
+
+def show_measured():
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    check_kernels(device, [(1, 700), (1, 0), (1, 3000), (300, 500), (77, 0)])
+    a, b = (torch.empty(1 << 30, dtype=torch.int8, device=device) for _ in "ab")
+    bandwidth = 2 * a.nbytes / gpu_seconds([lambda: b.copy_(a)])
+    x = torch.randn(8192, 8192, device=device, dtype=dtype)
+    peak = 2 * 8192 ** 3 / gpu_seconds([lambda: x @ x])
+    del a, b, x
+    print(f"Ceilings: copy {bandwidth / 1e12:.2f} TB/s, {dtype} product {peak / 1e12:.0f} TFLOP/s")
+    time_prefill(device, dtype, (2048, 8192, 16384), peak)
+    neighbours = [(B, 8192) for B in (1, 2, 3, 4, 7, 8, 9, 12, 15, 16, 17, 24, 32)]   # a cliff would show
+    time_decode(device, dtype, [(1, 131072), (8, 16384), (64, 4096), *neighbours], bandwidth)
+    time_texts(("gpt2", "llama-8b"), bandwidth)
 
 
 # ---------------------------------------------------------------------------------------------

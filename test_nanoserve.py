@@ -2285,6 +2285,41 @@ def test_compiled_kernels_are_those_in_the_results():
         assert printed == recorded
 
 
+@pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
+def test_the_measurements_of_a_gpu_run_to_their_end(monkeypatch, capsys, tmp_path):
+    """Where there is none, with a stand-in for the clock and in the interpreter."""
+    def seconds(calls):
+        for call in calls:
+            call()
+        return 1e-3
+    if DEVICE == "cpu":
+        monkeypatch.setattr(bench, "gpu_seconds", seconds)
+    for name, value in (("TABLES", []), ("CACHE", 0)):
+        monkeypatch.setattr(bench, name, value)
+    device = torch.device(DEVICE)
+    bench.check_kernels(device, [(1, 70), (5, 3)], (torch.float16,))
+    assert "equal the float64 definition" in capsys.readouterr().out
+    bench.time_prefill(device, torch.float16, (64, 96), 1e12, H=4, K=2, D=16)
+    bench.time_decode(device, torch.float16, [(1, 4000), (3, 2000)], 1e9, H=4, K=2, D=16)
+    monkeypatch.setitem(bench.SHAPES, "tiny", bench.llama(99, 32, 48, 1, 4, 2))
+    monkeypatch.setitem(bench.SHAPES, "huge", bench.llama(99, 1 << 20, 1 << 20, 99, 4, 2))
+    bench.time_texts(("tiny", "huge"), 1e9)
+    prefill, decode, texts = bench.TABLES
+    assert [row[0] for row in prefill["rows"]] == ["prefill 64", "prefill 96"]
+    assert all(isinstance(row[3], float) and row[3] > 0 for row in prefill["rows"])
+    assert [row[0] for row in decode["rows"]] == ["decode 1 x 4000", "decode 3 x 2000"]
+    if DEVICE == "cpu":   # a millisecond for 2 K D T numbers of 2 bytes, which a GB/s would read in 0.512
+        assert decode["rows"][0][1:] == ["1000 us", "0.00 TB/s", "51%"]
+        assert prefill["rows"][0][1:3] == ["0 TFLOP/s", "0%"] and prefill["rows"][0][3] == 1.0
+    bound = 1e9 / bench.step_cost(bench.config_of("tiny"), [(1, 300)], torch.empty(0, dtype=model.DTYPES[texts["rows"][0][0].split()[1]]).itemsize).bytes
+    assert texts["rows"][0][2] == f"{bound:.0f}" and int(texts["rows"][0][1]) > 0
+    assert texts["rows"][1] == ["huge", "does not fit", "-", "-"]
+
+    monkeypatch.setattr(kernels, "attention_triton", lambda q, k, v, batch, *more: kernels.attention_naive(q, k, v, batch, *more) + 0.01)
+    with pytest.raises(SystemExit, match="torch.float16, D=64, 32:8 heads, blocks of 64, window None: the largest error"):
+        bench.check_kernels(device, [(3, 0)], (torch.float16,))
+
+
 def test_static_batches_wait_for_their_longest_and_continuous_ones_do_not(lone):
     folder, prompts, expected = lone["llama"]
     requests = [(0.0, prompts[i % 2], n) for i, n in enumerate([3, 9, 2, 5, 4])]
