@@ -34,7 +34,7 @@ import time
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -583,6 +583,11 @@ LLAMA3_SPECIAL = ["begin_of_text", "end_of_text", *(f"reserved_special_token_{i}
                   "start_header_id", "end_header_id", "reserved_special_token_4", "eot_id",
                   *(f"reserved_special_token_{i}" for i in range(5, 251))]
 
+# GPT-2's alphabet: the printable character that stands for each byte, its own where it has one.
+UNPRINTABLE = [*range(33), *range(127, 161), 173]
+ALPHABET = "".join(chr(256 + UNPRINTABLE.index(b) if b in UNPRINTABLE else b) for b in range(256))
+BYTES = {ord(character): b for b, character in enumerate(ALPHABET)}
+
 
 class NeedsTokenizers(Exception):
     """The file asks for something other than byte-level BPE; the message names it."""
@@ -710,8 +715,7 @@ class Tokenizer:
     def from_vocabulary(cls, vocab: dict[str, int], pairs: list, splits: list[str | None], added: list[dict],
                         unknown: int | None = None, **more):
         """From GPT-2's spelling, in which a byte is a printable character and a merge is a pair of tokens."""
-        characters = byte_characters()
-        merges = {bytes([b]): vocab.get(characters[b], unknown) for b in range(256)}
+        merges = {bytes([b]): vocab.get(character, unknown) for b, character in enumerate(ALPHABET)}
         for pair in pairs:
             token = "".join(pair.split(" ") if isinstance(pair, str) else pair)
             merges.setdefault(to_bytes(token), vocab[token])
@@ -732,7 +736,7 @@ class Tokenizer:
                 raise NeedsTokenizers(f"the BPE option {option}")
         vocab = model["vocab"]
         unknown = vocab.get(model.get("unk_token"))
-        if unknown is not None and model.get("fuse_unk") and not all(c in vocab for c in byte_characters()):
+        if unknown is not None and model.get("fuse_unk") and not all(c in vocab for c in ALPHABET):
             raise NeedsTokenizers("the BPE option fuse_unk")
         normal_form = None
         for step in steps(raw.get("normalizer"), "normalizers"):
@@ -862,21 +866,8 @@ def steps(section: dict | None, plural: str) -> list[dict]:
     return [s for part in section[plural] for s in steps(part, plural)] if section["type"] == "Sequence" else [section]
 
 
-@cache
-def byte_characters() -> str:
-    """GPT-2's alphabet: the printable character that stands for each byte, its own where it has one."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [b for b in range(256) if b not in printable]
-    return "".join(chr(b if b in printable else 256 + others.index(b)) for b in range(256))
-
-
-@cache
-def byte_table() -> dict[int, int]:
-    return {ord(character): b for b, character in enumerate(byte_characters())}
-
-
 def to_bytes(token: str) -> bytes:
     try:
-        return token.translate(byte_table()).encode("latin-1")
+        return token.translate(BYTES).encode("latin-1")
     except UnicodeEncodeError:   # not in the alphabet: a token added as plain text
         return token.encode()
