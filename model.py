@@ -627,23 +627,31 @@ class Tokenizer:
     Its ranks are the order of merges; `ids` turns them into the checkpoint's own token ids.
     """
 
-    def __init__(self, merges: dict[bytes, int | None], splits: list[str | None], added: list[dict],
-                 tokens: dict[int, bytes], before: list[int] = [], after: list[int] = [],
-                 normal_form: str | None = None, whole: dict[bytes, int] = {}):
-        """merges: token -> id (None: the checkpoint has none for this byte), the 256 bytes first, then in the order of
-        merging. splits: patterns, each applied to the pieces of the one before; None puts a space before every piece.
-        added: tokens that are found before splitting, as in tokenizer.json. tokens: id -> bytes. before, after: ids
-        around every text. whole: words that are tokens, merges or not."""
+    def __init__(self, vocab: dict[str, int], merges: list, splits: list[str | None], added: list[dict],
+                 unknown: int | None = None, before: list[int] = [], after: list[int] = [],
+                 normal_form: str | None = None, whole: bool = False):
+        """vocab: token -> id, in GPT-2's spelling, in which a byte is a printable character. merges: pairs of tokens, or
+        what becomes of them, in the order of merging. splits: patterns, each applied to the pieces of the one before;
+        None puts a space before every piece. added: tokens that are found before splitting, as in tokenizer.json.
+        unknown: the id of a byte that has none; None: it is left out. before, after: ids around every text. whole:
+        words that are tokens stay whole, merges or not."""
         import regex
         import tiktoken
-        self.ids = list(merges.values())
+        words = {token: to_bytes(token) for token in vocab}
+        ids = {bytes([b]): vocab.get(character, unknown) for b, character in enumerate(ALPHABET)}
+        for pair in merges:
+            token = "".join(pair.split(" ") if isinstance(pair, str) else pair)
+            ids.setdefault(words[token], vocab[token])
+        self.ids = list(ids.values())
         self.merge = tiktoken.Encoding("checkpoint", pat_str=r"[\s\S]+", special_tokens={},
-                                       mergeable_ranks={word: rank for rank, word in enumerate(merges)}).encode_ordinary
+                                       mergeable_ranks={word: rank for rank, word in enumerate(ids)}).encode_ordinary
         # What a pattern does not match is a piece as well.
         self.splits = [split and regex.compile(rf"(?:{split})|(?:(?!{split})[\s\S])+") for split in splits]
-        self.tokens = tokens | {a["id"]: a["content"].encode() for a in added}
+        self.tokens = {i: words[token] for token, i in vocab.items()}
+        self.whole = {word: i for i, word in self.tokens.items()} if whole else {}
+        self.tokens |= {a["id"]: a["content"].encode() for a in added}
         self.special = {a["id"] for a in added if a.get("special")}
-        self.before, self.after, self.normal_form, self.whole = before, after, normal_form, whole
+        self.before, self.after, self.normal_form = before, after, normal_form
         self.words = lru_cache(1 << 16)(self._encode_word)
         # Added tokens are cut out of the text as it is, or as it is once normalized, special ones only if asked for.
         self.finders = {(special, normalized): self._finder(regex, [
@@ -712,16 +720,6 @@ class Tokenizer:
     # --- from the three kinds of files
 
     @classmethod
-    def from_vocabulary(cls, vocab: dict[str, int], pairs: list, splits: list[str | None], added: list[dict],
-                        unknown: int | None = None, **more):
-        """From GPT-2's spelling, in which a byte is a printable character and a merge is a pair of tokens."""
-        merges = {bytes([b]): vocab.get(character, unknown) for b, character in enumerate(ALPHABET)}
-        for pair in pairs:
-            token = "".join(pair.split(" ") if isinstance(pair, str) else pair)
-            merges.setdefault(to_bytes(token), vocab[token])
-        return cls(merges, splits, added, {i: to_bytes(token) for token, i in vocab.items()}, **more)
-
-    @classmethod
     def from_json(cls, folder: Path):
         """From tokenizer.json, the `tokenizers` package's own format."""
         raw = read_json(folder / "tokenizer.json")
@@ -773,16 +771,15 @@ class Tokenizer:
                         side += step["special_tokens"][item["SpecialToken"]["id"]]["ids"]
             elif step["type"] != "ByteLevel":
                 raise NeedsTokenizers(f"a {step['type']} post-processor")
-        whole = {to_bytes(token): i for token, i in vocab.items()} if model.get("ignore_merges") else {}
-        return cls.from_vocabulary(vocab, model["merges"], splits, added, unknown, before=before, after=after,
-                                   normal_form=normal_form, whole=whole)
+        return cls(vocab, model["merges"], splits, added, unknown, before, after, normal_form,
+                   whole=model.get("ignore_merges"))
 
     @classmethod
     def from_gpt2(cls, folder: Path):
         """From vocab.json and merges.txt, with what tokenizer_config.json and added_tokens.json add."""
         vocab, options = read_json(folder / "vocab.json"), tokenizer_options(folder)
         lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-        pairs = [line for line in lines if line and not line.startswith("#version")]
+        merges = [line for line in lines if line and not line.startswith("#version")]
         added = added_tokens(folder)
         if not added and "<|endoftext|>" in vocab:
             added = [{"id": vocab["<|endoftext|>"], "content": "<|endoftext|>", "special": True}]
@@ -791,25 +788,25 @@ class Tokenizer:
         qwen = str(options.get("tokenizer_class")).startswith("Qwen2")   # the same files, another split
         splits = ([None] if options.get("add_prefix_space") else []) + [QWEN_SPLIT if qwen else GPT2_SPLIT]
         before = [bos] if options.get("add_bos_token") and bos is not None else []
-        return cls.from_vocabulary(vocab, pairs, splits, added, before=before, normal_form="NFC" if qwen else None)
+        return cls(vocab, merges, splits, added, before=before, normal_form="NFC" if qwen else None)
 
     @classmethod
     def from_llama3(cls, path: Path):
         """From Llama 3's own tokenizer.model: a line per token, its bytes in base64 and its rank, which is its id."""
-        merges = {}
+        vocab = {}
         for number, line in enumerate(path.read_bytes().splitlines()):
             try:
                 word, rank = line.split()
-                merges[base64.b64decode(word, validate=True)] = int(rank)
+                vocab[base64.b64decode(word, validate=True).decode("latin-1").translate(ALPHABET)] = int(rank)
             except ValueError:
                 if number == 0:
                     raise NeedsTokenizers("a SentencePiece model") from None
                 raise ValueError(f"{path} is torn at line {number + 1}: fetch it again") from None
-        if list(merges.values()) != list(range(len(merges))) or not all(bytes([b]) in merges for b in range(256)):
+        if list(vocab.values()) != list(range(len(vocab))) or not vocab.keys() >= set(ALPHABET):
             raise ValueError(f"{path} is torn: its ranks have gaps, or a byte has none: fetch it again")
         added = [{"id": i, "content": f"<|{name}|>", "special": True}
-                 for i, name in enumerate(LLAMA3_SPECIAL, len(merges))]
-        return cls(merges, [LLAMA3_SPLIT], added, {i: word for word, i in merges.items()}, before=[len(merges)])
+                 for i, name in enumerate(LLAMA3_SPECIAL, len(vocab))]
+        return cls(vocab, list(vocab), [LLAMA3_SPLIT], added, before=[len(vocab)])
 
 
 class ForeignTokenizer:
