@@ -37,8 +37,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 
+import regex
+import tiktoken
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kernels import ATTENTION, WRITE_KV, Batch
@@ -293,7 +296,6 @@ class Checkpoint:
         self.files, self.folder = files, folder
 
     def _open(self, path: Path):
-        from safetensors import SafetensorError, safe_open
         if not os.access(path, os.R_OK):
             raise ValueError(f"{path} cannot be read: give yourself the permission to read it")
         try:
@@ -635,8 +637,6 @@ class Tokenizer:
         None puts a space before every piece. added: tokens that are found before splitting, as in tokenizer.json.
         unknown: the id of a byte that has none; None: it is left out. before, after: ids around every text. whole:
         words that are tokens stay whole, merges or not."""
-        import regex
-        import tiktoken
         words = {token: to_bytes(token) for token in vocab}
         ids = {bytes([b]): vocab.get(character, unknown) for b, character in enumerate(ALPHABET)}
         for pair in merges:
