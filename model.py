@@ -32,7 +32,6 @@ import re
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -595,6 +594,31 @@ class NeedsTokenizers(Exception):
     """The file asks for something other than byte-level BPE; the message names it."""
 
 
+def splitter(pattern: str | None):
+    """A function from a text to its pieces; what the pattern does not match is one as well. None: a space before it."""
+    if pattern is None:
+        return lambda text: [text if text[0] == " " else " " + text]
+    find = regex.compile(rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+").finditer
+    return lambda text: [match[0] for match in find(text)]
+
+
+def finder(added: list[dict], normal):
+    """A function from a text to pieces of what `normal` makes of it, and ids of the added tokens between them."""
+    patterns, ids = [], {normal(a["content"]): a["id"] for a in added}
+    for a in sorted(added, key=lambda a: -len(a["content"])):
+        pattern = f"({regex.escape(normal(a['content']))})"
+        if a.get("single_word"):
+            pattern = rf"(?<!\w){pattern}(?!\w)"
+        patterns.append((r"\s*" if a.get("lstrip") else "") + pattern + (r"\s*" if a.get("rstrip") else ""))
+    pattern = regex.compile(f"(?|{'|'.join(patterns) or '(?!)'})")   # the longest first; all groups are group 1
+
+    def find(text: str) -> list[str | int]:
+        parts = pattern.split(normal(text))
+        parts[1::2] = [ids[token] for token in parts[1::2]]
+        return parts
+    return find
+
+
 def load_tokenizer(folder: Path):
     """The folder's tokenizer, or None if it has none: such a checkpoint serves token ids only. Raises ValueError."""
     file, model = folder / "tokenizer.json", folder / "tokenizer.model"
@@ -645,59 +669,27 @@ class Tokenizer:
         self.ids = list(ids.values())
         self.merge = tiktoken.Encoding("checkpoint", pat_str=r"[\s\S]+", special_tokens={},
                                        mergeable_ranks={word: rank for rank, word in enumerate(ids)}).encode_ordinary
-        # What a pattern does not match is a piece as well.
-        self.splits = [split and regex.compile(rf"(?:{split})|(?:(?!{split})[\s\S])+") for split in splits]
         self.tokens = {i: words[token] for token, i in vocab.items()}
         self.whole = {word: i for i, word in self.tokens.items()} if whole else {}
         self.tokens |= {a["id"]: a["content"].encode() for a in added}
         self.special = {a["id"] for a in added if a.get("special")}
-        self.before, self.after, self.normal_form = before, after, normal_form
-        self.words = lru_cache(1 << 16)(self._encode_word)
-        # Added tokens are cut out of the text as it is, or as it is once normalized, special ones only if asked for.
-        self.finders = {(special, normalized): self._finder(regex, [
-            a for a in added if (special or not a.get("special")) and bool(a.get("normalized")) == normalized])
-            for special in (False, True) for normalized in (False, True)}
-        self.added = {self._normal(a["content"]) if a.get("normalized") else a["content"]: a["id"] for a in added}
-
-    def _finder(self, regex, added: list[dict]):
-        """A pattern that finds added tokens, the longest first."""
-        def one(a):
-            pattern = f"({regex.escape(self._normal(a['content']) if a.get('normalized') else a['content'])})"
-            if a.get("single_word"):
-                pattern = rf"(?<!\w){pattern}(?!\w)"
-            return (r"\s*" if a.get("lstrip") else "") + pattern + (r"\s*" if a.get("rstrip") else "")
-        ordered = sorted(added, key=lambda a: -len(a["content"]))
-        return regex.compile("|".join(map(one, ordered)) or r"(?!)")
-
-    def _cut(self, text: str, finder) -> Iterator[str | int]:
-        """The text, with the ids of the added tokens that were found in it."""
-        at = 0
-        for match in finder.finditer(text):
-            yield text[at:match.start()]
-            yield self.added[match[match.lastindex]]
-            at = match.end()
-        yield text[at:]
-
-    def _normal(self, text: str) -> str:
-        return unicodedata.normalize(self.normal_form, text) if self.normal_form else text
+        self.before, self.after = before, after
+        # Added tokens are cut out of the text as it is, then as it is once normalized, special ones only if asked for.
+        normal = partial(unicodedata.normalize, normal_form) if normal_form else str
+        rest = *map(splitter, splits), lru_cache(1 << 16)(self._encode_word)
+        self.stages = {}
+        for special in (False, True):
+            wanted = [a for a in added if special or not a.get("special")]
+            self.stages[special] = (finder([a for a in wanted if not a.get("normalized")], str),
+                                    finder([a for a in wanted if a.get("normalized")], normal), *rest)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids, with BOS where the checkpoint asks for it. `special`: read "<|...|>" as control tokens."""
-        ids = list(self.before)
-        for part in self._cut(text, self.finders[special, False]):
-            pieces = [part] if isinstance(part, int) else self._cut(self._normal(part), self.finders[special, True])
-            for piece in pieces:
-                ids += [piece] if isinstance(piece, int) else self._encode_text(piece)
-        return ids + self.after
-
-    def _encode_text(self, text: str) -> list[int]:
-        pieces = [text] if text else []
-        for split in self.splits:
-            if split is None:
-                pieces = [piece if piece[0] == " " else " " + piece for piece in pieces]
-            else:
-                pieces = [match[0] for piece in pieces for match in split.finditer(piece)]
-        return [i for piece in pieces for i in self.words(piece)]
+        pieces = [text]
+        for stage in self.stages[special]:
+            pieces = [new for piece in pieces if piece != ""
+                      for new in ([piece] if isinstance(piece, int) else stage(piece))]
+        return self.before + pieces + self.after
 
     def _encode_word(self, word: str) -> list[int]:
         i = self.whole.get(word.encode())
