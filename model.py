@@ -627,13 +627,8 @@ def load_tokenizer(folder: Path):
             return Tokenizer.from_json(folder)
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             return Tokenizer.from_gpt2(folder)
-        if model.is_file():
-            return Tokenizer.from_llama3(model)
-        return None
+        return Tokenizer.from_llama3(model) if model.is_file() else None
     except NeedsTokenizers as reason:
-        if not file.is_file():
-            raise ValueError(f"{model} is {reason}: put the tokenizer.json of the same checkpoint beside it "
-                             "and pip install tokenizers") from None
         try:
             return ForeignTokenizer(file)
         except ImportError:
@@ -791,9 +786,9 @@ class Tokenizer:
                 word, rank = line.split()
                 vocab[base64.b64decode(word, validate=True).decode("latin-1").translate(ALPHABET)] = int(rank)
             except ValueError:
-                if number == 0:
-                    raise NeedsTokenizers("a SentencePiece model") from None
-                raise ValueError(f"{path} is torn at line {number + 1}: fetch it again") from None
+                raise ValueError(f"{path} is torn at line {number + 1}: fetch it again" if number else
+                                 f"{path} is a SentencePiece model: put the tokenizer.json of the same checkpoint "
+                                 "beside it and pip install tokenizers") from None
         if list(vocab.values()) != list(range(len(vocab))) or not vocab.keys() >= set(ALPHABET):
             raise ValueError(f"{path} is torn: its ranks have gaps, or a byte has none: fetch it again")
         added = [{"id": i, "content": f"<|{name}|>", "special": True}
