@@ -729,23 +729,20 @@ class Tokenizer:
                 raise NeedsTokenizers(f"a {step['type']} normalizer")
             normal_form = step["type"]
 
-        splits, byte_level = [], False
-        for step in steps(raw.get("pre_tokenizer"), "pretokenizers"):
-            if byte_level:
-                raise NeedsTokenizers(f"a {step['type']} pre-tokenizer after ByteLevel")
-            if step["type"] == "ByteLevel":
-                byte_level = True
-                splits += [None] if step.get("add_prefix_space", True) else []
-                splits += [GPT2_SPLIT] if step.get("use_regex", True) else []
-            elif step["type"] == "Digits":
+        *first, last = steps(raw.get("pre_tokenizer"), "pretokenizers") or [{"type": "nothing"}]
+        if last["type"] != "ByteLevel":
+            raise NeedsTokenizers(f"a BPE model that is not byte-level (its pre-tokenizer ends in {last['type']})")
+        splits = []
+        for step in first:
+            if step["type"] == "Digits":
                 splits.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
             elif step["type"] == "Split" and step["behavior"] == "Isolated":
                 pattern = step["pattern"]
                 splits.append(pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"]))
             else:
                 raise NeedsTokenizers(f"a {step['type']} pre-tokenizer")
-        if not byte_level:
-            raise NeedsTokenizers("a BPE model that is not byte-level")
+        splits += [None] if last.get("add_prefix_space", True) else []
+        splits += [GPT2_SPLIT] if last.get("use_regex", True) else []
 
         before, after = [], []
         for step in steps(raw.get("post_processor"), "processors"):
