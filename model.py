@@ -112,7 +112,9 @@ class Fields:
         return value
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, optional: bool = False) -> dict:
+    if optional and not path.is_file():
+        return {}
     try:
         value = json.loads(path.read_text("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -138,10 +140,8 @@ def read_config(folder: Path) -> Config:
     if raw.values.get("quantization_config"):
         raise ValueError(f"{raw.path}: 'quantization_config' is not supported: use the unquantised checkpoint")
 
-    eos = raw.values.get("eos_token_id")
-    if (folder / "generation_config.json").is_file():
-        generation = read_json(folder / "generation_config.json").get("eos_token_id")
-        eos = eos if generation is None else generation
+    eos = read_json(folder / "generation_config.json", optional=True).get("eos_token_id")
+    eos = raw.values.get("eos_token_id") if eos is None else eos
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(i, int) for i in eos):
         raise ValueError(f"{raw.path}: 'eos_token_id' is {eos!r}, not a token id or a list of them")
@@ -761,7 +761,7 @@ class Tokenizer:
     @classmethod
     def from_gpt2(cls, folder: Path):
         """From vocab.json and merges.txt, with what tokenizer_config.json and added_tokens.json add."""
-        vocab, options = read_json(folder / "vocab.json"), tokenizer_options(folder)
+        vocab, options = read_json(folder / "vocab.json"), read_json(folder / "tokenizer_config.json", optional=True)
         lines = (folder / "merges.txt").read_text("utf-8").split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
         added = added_tokens(folder)
@@ -825,19 +825,14 @@ class ForeignTokenizer:
         return push
 
 
-def tokenizer_options(folder: Path) -> dict:
-    path = folder / "tokenizer_config.json"
-    return read_json(path) if path.is_file() else {}
-
-
 def added_tokens(folder: Path) -> list[dict]:
     """Tokens that tokenizer_config.json or (before that existed) added_tokens.json add to the vocabulary."""
-    options, path = tokenizer_options(folder), folder / "added_tokens.json"
+    options = read_json(folder / "tokenizer_config.json", optional=True)
     if options.get("added_tokens_decoder"):
         return [{"id": int(i), **a} for i, a in options["added_tokens_decoder"].items()]
     named = [v["content"] if isinstance(v, dict) else v for key, v in options.items() if key.endswith("_token")]
     return [{"id": i, "content": token, "special": token in named or token.startswith("<|"), "normalized": False}
-            for token, i in (read_json(path) if path.is_file() else {}).items()]
+            for token, i in read_json(folder / "added_tokens.json", optional=True).items()]
 
 
 def steps(section: dict | None, plural: str) -> list[dict]:
