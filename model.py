@@ -241,18 +241,18 @@ def rope_frequencies(rope: dict, D: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 # The weights
 
-# What each family calls the parts of a layer. Several names: their rows are stacked into one matrix,
-# so that one product computes q, k and v, and one computes gate and up.
+# What each family calls the parts of a layer. {x} stands for several tensors: their rows are stacked into one
+# matrix, so that one product computes q, k and v, and one computes gate and up.
 NAMES = {
     #                 GPT-2                        Llama
     "embedding":     ("wte",                       "embed_tokens"),
     "position":      ("wpe",                       ""),
     "attn_norm":     ("h.{l}.ln_1",                "layers.{l}.input_layernorm"),
-    "qkv":           ("h.{l}.attn.c_attn",         "layers.{l}.self_attn.{q,k,v}_proj"),
-    "qk_norm":       ("",                          "layers.{l}.self_attn.{q,k}_norm"),
+    "qkv":           ("h.{l}.attn.c_attn",         "layers.{l}.self_attn.{x}_proj"),
+    "qk_norm":       ("",                          "layers.{l}.self_attn.{x}_norm"),
     "out":           ("h.{l}.attn.c_proj",         "layers.{l}.self_attn.o_proj"),
     "mlp_norm":      ("h.{l}.ln_2",                "layers.{l}.post_attention_layernorm"),
-    "up":            ("h.{l}.mlp.c_fc",            "layers.{l}.mlp.{gate,up}_proj"),
+    "up":            ("h.{l}.mlp.c_fc",            "layers.{l}.mlp.{x}_proj"),
     "down":          ("h.{l}.mlp.c_proj",          "layers.{l}.mlp.down_proj"),
     "final_norm":    ("ln_f",                      "norm"),
     "head":          ("lm_head",                   "lm_head"),
@@ -342,38 +342,34 @@ class Checkpoint:
 def empty_weights(c: Config, device: torch.device, dtype: torch.dtype) -> tuple[dict, list]:
     """Memory for every part by its name in NAMES, one entry per layer (or one), and what to fill it with: a list of
     (a view of that memory in the order in which the tensor is stored, its name in the checkpoint, its shape there)."""
-    gate_and_up = [c.I, c.I] if c.family == "llama" else [c.I]
-    # part: rows of each of its tensors, and columns (0: a vector)
-    shapes = {"embedding": ([c.V], c.E), "position": ([c.context], c.E), "attn_norm": ([c.E], 0),
-              "qkv": ([c.H * c.D, c.K * c.D, c.K * c.D], c.E), "qk_norm": ([c.D, c.D], 0),
-              "out": ([c.E], c.H * c.D), "mlp_norm": ([c.E], 0), "up": (gate_and_up, c.E), "down": ([c.E], c.I),
-              "final_norm": ([c.E], 0), "head": ([c.V], c.E)}
-    if c.family == "gpt2":
-        shapes["qkv"] = [3 * c.E], c.E     # stored as one tensor
-    if not c.qk_norm:
-        del shapes["qk_norm"]
-    if c.tied:
-        del shapes["head"]
-
+    llama = c.family == "llama"
+    # part: rows (of each of its tensors, if there are several), and columns (0: a vector)
+    shapes = {"embedding": (c.V, c.E), "position": (c.context, c.E), "attn_norm": (c.E, 0),
+              "qkv": ({"q": c.H * c.D, "k": c.K * c.D, "v": c.K * c.D} if llama else 3 * c.E, c.E),
+              "qk_norm": ({"q": c.D, "k": c.D}, 0), "out": (c.E, c.H * c.D), "mlp_norm": (c.E, 0),
+              "up": ({"gate": c.I, "up": c.I} if llama else c.I, c.E), "down": (c.E, c.I),
+              "final_norm": (c.E, 0), "head": (c.V, c.E)}
+    absent = {"position": llama, "qk_norm": not c.qk_norm, "head": c.tied}
     parts, jobs = {}, []
     for part, (rows, columns) in shapes.items():
-        pattern = NAMES[part][c.family == "llama"]
-        if not pattern:
+        if absent.get(part):
             continue
+        pattern, rows = NAMES[part][llama], rows if isinstance(rows, dict) else {"": rows}
         kinds = {"weight": columns}
-        if part in c.biased or (c.family == "gpt2" and part.endswith("_norm")):
+        if part in c.biased or (not llama and part.endswith("_norm")):
             kinds["bias"] = 0
         for l in range(c.L if "{l}" in pattern else 1):
             made = {}
             for kind, width in kinds.items():
-                made[kind] = torch.empty((sum(rows), width) if width else sum(rows), dtype=dtype, device=device)
-                for target, module in zip(made[kind].split(rows), expand(pattern.replace("{l}", str(l)))):
-                    if c.family == "gpt2" and part in ("qkv", "out", "up", "down"):
+                total = sum(rows.values())
+                made[kind] = torch.empty((total, width) if width else total, dtype=dtype, device=device)
+                for x, target in zip(rows, made[kind].split(list(rows.values()))):
+                    if not llama and part in ("qkv", "out", "up", "down"):
                         target = target.mT if width else target   # Conv1D stores [in, out]
                     shape = tuple(target.shape)
-                    if re.search(r"\b[qk]_(proj|norm)$", module):   # a head is stored [2, D / 2], `rotate` wants pairs
+                    if x in ("q", "k"):   # a head is stored [2, D / 2], `rotate` wants pairs
                         target = target.unflatten(0, (-1, c.D // 2, 2)).transpose(1, 2)
-                    jobs.append((target, f"{module}.{kind}", shape))
+                    jobs.append((target, f"{pattern.format(l=l, x=x)}.{kind}", shape))
             parts.setdefault(part, []).append(Part(**made))
     if c.tied:
         parts["head"] = parts["embedding"]
@@ -420,13 +416,6 @@ def random_weights(c: Config, device: torch.device, dtype: torch.dtype) -> dict[
     for target, name, shape in jobs:
         target.normal_(0, 0.02) if len(shape) > 1 else target.fill_(name.endswith("weight"))
     return parts
-
-
-def expand(pattern: str) -> list[str]:
-    """"a.{q,k}_proj" -> ["a.q_proj", "a.k_proj"]."""
-    before, brace, rest = pattern.partition("{")
-    inside, _, after = rest.partition("}")
-    return [before + choice + after for choice in inside.split(",")] if brace else [pattern]
 
 
 # ---------------------------------------------------------------------------------------------
