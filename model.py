@@ -392,16 +392,13 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
     except RuntimeError:
         raise ValueError(f"{folder} needs {total / 1e9:.1f} GB, and {device} does not have them: "
                          "use a smaller dtype, or another device") from None
-    begin, done, shown = time.perf_counter(), 0, False
+    begin, done = time.perf_counter(), 0
     for target, name, _ in jobs:
         checkpoint.read_into(target, name)
         done += target.nbytes
         if sys.stderr.isatty() and time.perf_counter() - begin > 1:
-            shown = True
-            print(f"\rloading {folder}: {done / total:4.0%} of {total / 1e9:.1f} GB", end="", file=sys.stderr,
-                  flush=True)
-    if shown:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            text = f"loading {folder}: {done / total:4.0%} of {total / 1e9:.1f} GB" if done < total else "\x1b[K"
+            print("\r" + text, end="", file=sys.stderr, flush=True)
     if c.tied and "lm_head.weight" in checkpoint.names:   # said to be tied, and yet stored: tied only if it is the same
         head = torch.empty_like(parts["embedding"][0].weight)
         checkpoint.read_into(head, "lm_head.weight")
