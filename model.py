@@ -32,7 +32,7 @@ import re
 import sys
 import time
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -378,14 +378,14 @@ def empty_weights(c: Config, device: torch.device, dtype: torch.dtype) -> tuple[
 
 def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dtype) -> dict[str, list[Part]]:
     """The parts of a checkpoint, straight from its mapped files. Raises ValueError naming a bad tensor."""
-    checkpoint, embedding = Checkpoint(folder), f"{NAMES['embedding'][c.family == 'llama']}.weight"
-    if c.tied and embedding not in checkpoint.names and "lm_head.weight" in checkpoint.names:   # its other name
-        checkpoint.names[embedding] = checkpoint.names.pop("lm_head.weight")
+    embedding, head = (f"{NAMES[part][c.family == 'llama']}.weight" for part in ("embedding", "head"))
+    checkpoint = Checkpoint(folder)
+    if c.tied and embedding not in checkpoint.names and head in checkpoint.names:   # its other name
+        checkpoint.names[embedding] = checkpoint.names.pop(head)
+    doubtful = c.tied and head in checkpoint.names   # said to be tied, and yet stored: tied only if it is the same
+    c = replace(c, tied=c.tied and not doubtful)
     _, jobs = empty_weights(c, torch.device("meta"), dtype)   # on paper first
-    expected = {name: shape for _, name, shape in jobs}
-    if c.tied and "lm_head.weight" in checkpoint.names:
-        expected["lm_head.weight"] = c.V, c.E
-    checkpoint.check(expected)
+    checkpoint.check({name: shape for _, name, shape in jobs})
     total = sum(target.nbytes for target, *_ in jobs)
     try:
         parts, jobs = empty_weights(c, device, dtype)
@@ -399,11 +399,8 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
         if sys.stderr.isatty() and time.perf_counter() - begin > 1:
             text = f"loading {folder}: {done / total:4.0%} of {total / 1e9:.1f} GB" if done < total else "\x1b[K"
             print("\r" + text, end="", file=sys.stderr, flush=True)
-    if c.tied and "lm_head.weight" in checkpoint.names:   # said to be tied, and yet stored: tied only if it is the same
-        head = torch.empty_like(parts["embedding"][0].weight)
-        checkpoint.read_into(head, "lm_head.weight")
-        if not torch.equal(head, parts["embedding"][0].weight):
-            parts["head"] = [Part(head)]
+    if doubtful and torch.equal(parts["head"][0].weight, parts["embedding"][0].weight):
+        parts["head"] = parts["embedding"]
     return parts
 
 
