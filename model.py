@@ -276,15 +276,13 @@ class Checkpoint:
         if single.is_file():
             files = {name: single for name in self._open(single).keys()}
         elif index.is_file():
-            files = {}
-            for name, file in Fields(index).need("weight_map", dict).items():
-                files[name] = folder / str(file)
-                if not files[name].is_file():
-                    raise ValueError(f"{files[name]}, where {index.name} places tensor {name}, is missing: "
-                                     "fetch it into the folder")
+            files = {name: folder / str(file) for name, file in Fields(index).need("weight_map", dict).items()}
             for path in sorted(set(files.values())):
-                lacking = {name for name, file in files.items() if file == path} - set(self._open(path).keys())
-                if lacking:
+                placed = {name for name in files if files[name] == path}
+                if not path.is_file():
+                    raise ValueError(f"{path}, where {index.name} places tensor {min(placed)}, is missing: "
+                                     "fetch it into the folder")
+                if lacking := placed - set(self._open(path).keys()):
                     raise ValueError(f"{path} lacks tensor {min(lacking)}, which {index.name} places there: "
                                      "fetch both again")
         else:
