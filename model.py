@@ -97,19 +97,16 @@ class Fields:
         value = self.values.get(key)
         if value is None:
             return default
-        if kind in (int, float):
-            fits = type(value) in (int, kind) and 0 < value < (2 ** 31 if kind is int else math.inf)
-        else:
-            fits = isinstance(value, kind)
+        limit = {int: 2 ** 31, float: math.inf}.get(kind)
+        fits = type(value) in (int, kind) and 0 < value < limit if limit else isinstance(value, kind)
         if not fits:
             raise ValueError(f"{self.path}: {key!r} is {str(value)[:50]!r}, not {KINDS[kind]}")
         return value
 
-    def need(self, key: str, kind: type, default=None):
-        value = self.get(key, kind, default)
-        if value is None:
+    def need(self, key: str, kind: type):
+        if self.values.get(key) is None:
             raise ValueError(f"{self.path}: {key!r} is missing: fetch the file again")
-        return value
+        return self.get(key, kind)
 
 
 def read_json(path: Path, optional: bool = False) -> dict:
@@ -174,11 +171,9 @@ def read_llama_config(raw: Fields, kind: str, common: dict) -> Config:
     E, H, L = raw.need("hidden_size", int), raw.need("num_attention_heads", int), raw.need("num_hidden_layers", int)
     D = raw.get("head_dim", int, max(1, E // H))
     # Mistral slides a window over every layer, Qwen over some of them and only if told to.
-    window, layers = None, ["full_attention"] * L
-    if kind == "mistral":
-        window, layers = raw.get("sliding_window", int), ["sliding_attention"] * L
-        if "sliding_window" not in raw.values:
-            window = 4096
+    window, layers = None, ["sliding_attention"] * L
+    if kind == "mistral":   # null is none, too
+        window = raw.get("sliding_window", int, None if "sliding_window" in raw.values else 4096)
     elif kind != "llama":
         window = raw.get("sliding_window", int, 4096) if raw.get("use_sliding_window", bool) else None
         full = raw.values.get("max_window_layers", 28)   # 0 is possible
