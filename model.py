@@ -72,7 +72,7 @@ class Config:
     context: int                   # the longest sequence, prompt and continuation together
     activation: str
     eps: float                     # of the norms
-    biased: set[str]               # which of qkv, out, up, down have a bias
+    biased: set[str]               # which parts have a bias, as `NAMES` calls them
     qk_norm: bool                  # RMSNorm on each q and k head (Qwen3)
     tied: bool                     # the head is the token embedding
     scales: list[float]            # per layer, what q.k is multiplied by
@@ -163,7 +163,8 @@ def read_gpt2_config(raw: Fields, kind: str, common: dict) -> Config:
         family="gpt2", L=L, E=E, H=H, K=H, D=E // H, I=raw.get("n_inner", int, 4 * E), V=raw.need("vocab_size", int),
         context=raw.get("n_positions", int, raw.get("n_ctx", int, 1024)),
         activation=raw.get("activation_function", str, "gelu_new"), eps=raw.get("layer_norm_epsilon", float, 1e-5),
-        biased={"qkv", "out", "up", "down"}, qk_norm=False, tied=raw.get("tie_word_embeddings", bool, True),
+        biased={"attn_norm", "qkv", "out", "mlp_norm", "up", "down", "final_norm"}, qk_norm=False,
+        tied=raw.get("tie_word_embeddings", bool, True),
         scales=[scale / (l + 1 if by_layer else 1) for l in range(L)], windows=[None] * L, rope={}, **common)
 
 
@@ -336,26 +337,23 @@ def empty_weights(c: Config, device: torch.device, dtype: torch.dtype) -> tuple[
     """Memory for every part by its name in NAMES, one entry per layer (or one), and what to fill it with: a list of
     (a view of that memory in the order in which the tensor is stored, its name in the checkpoint, its shape there)."""
     llama = c.family == "llama"
-    # part: rows (of each of its tensors, if there are several), and columns (0: a vector)
-    shapes = {"embedding": (c.V, c.E), "position": (c.context, c.E), "attn_norm": (c.E, 0),
+    # The shape of each part: its rows (of each of its tensors, where there are several) and, unless a vector, columns.
+    shapes = {"embedding": (c.V, c.E), "position": (c.context, c.E), "attn_norm": (c.E,),
               "qkv": ({"q": c.H * c.D, "k": c.K * c.D, "v": c.K * c.D} if llama else 3 * c.E, c.E),
-              "qk_norm": ({"q": c.D, "k": c.D}, 0), "out": (c.E, c.H * c.D), "mlp_norm": (c.E, 0),
+              "qk_norm": ({"q": c.D, "k": c.D},), "out": (c.E, c.H * c.D), "mlp_norm": (c.E,),
               "up": ({"gate": c.I, "up": c.I} if llama else c.I, c.E), "down": (c.E, c.I),
-              "final_norm": (c.E, 0), "head": (c.V, c.E)}
+              "final_norm": (c.E,), "head": (c.V, c.E)}
     absent = {"position": llama, "qk_norm": not c.qk_norm, "head": c.tied}
     parts, jobs = {}, []
-    for part, (rows, columns) in shapes.items():
+    for part, (rows, *columns) in shapes.items():
         if absent.get(part):
             continue
         pattern, rows = NAMES[part][llama], rows if isinstance(rows, dict) else {"": rows}
-        kinds = {"weight": columns}
-        if part in c.biased or (not llama and part.endswith("_norm")):
-            kinds["bias"] = 0
+        kinds = {"weight": columns, "bias": []} if part in c.biased else {"weight": columns}
         for l in range(c.L if "{l}" in pattern else 1):
             made = {}
             for kind, width in kinds.items():
-                total = sum(rows.values())
-                made[kind] = torch.empty((total, width) if width else total, dtype=dtype, device=device)
+                made[kind] = torch.empty(sum(rows.values()), *width, dtype=dtype, device=device)
                 for x, target in zip(rows, made[kind].split(list(rows.values()))):
                     if not llama and part in ("qkv", "out", "up", "down"):
                         target = target.mT if width else target   # Conv1D stores [in, out]
