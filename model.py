@@ -625,10 +625,10 @@ class Tokenizer:
     def __init__(self, vocab: dict[str, int], merges: list, splits: list[str | None], added: list[dict],
                  unknown: int | None = None, before: list[int] = [], after: list[int] = [],
                  normal_form: str | None = None, whole: bool = False):
-        """vocab: token -> id, in GPT-2's spelling, in which a byte is a printable character. merges: pairs of tokens, or
+        """vocab: token -> id, in GPT-2's spelling, where a byte is a printable character. merges: pairs of tokens, or
         what becomes of them, in the order of merging. splits: patterns, each applied to the pieces of the one before;
         None puts a space before every piece. added: tokens that are found before splitting, as in tokenizer.json.
-        unknown: the id of a byte that has none; None: it is left out. before, after: ids around every text. whole:
+        unknown: the id of bytes that have none; None: they are left out. before, after: ids around every text. whole:
         words that are tokens stay whole, merges or not."""
         words = {token: to_bytes(token) for token in vocab}
         ids = {bytes([b]): vocab.get(character, unknown) for b, character in enumerate(ALPHABET)}
