@@ -92,9 +92,9 @@ class Fields:
     def __init__(self, path: Path):
         self.path, self.values = path, read_json(path)
 
-    def get(self, key: str, kind: type, default=None):
-        """The entry, or the default where it is absent or null. int and float mean sizes: above 0."""
-        value = self.values.get(key)
+    def get(self, key: str, default):
+        """The entry, of the default's type, or the default where it is absent or null. Numbers are sizes: above 0."""
+        value, kind = self.values.get(key), type(default)
         if value is None:
             return default
         limit = {int: 2 ** 31, float: math.inf}.get(kind)
@@ -103,10 +103,10 @@ class Fields:
             raise ValueError(f"{self.path}: {key!r} is {str(value)[:50]!r}, not {KINDS[kind]}")
         return value
 
-    def need(self, key: str, kind: type):
+    def need(self, key: str, kind: type = int):
         if self.values.get(key) is None:
             raise ValueError(f"{self.path}: {key!r} is missing: fetch the file again")
-        return self.get(key, kind)
+        return self.get(key, kind())
 
 
 def read_json(path: Path, optional: bool = False) -> dict:
@@ -128,9 +128,9 @@ def read_config(folder: Path) -> Config:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: give --model a checkpoint folder in Hugging Face's layout")
     raw = Fields(folder / "config.json")
-    kind, architectures = raw.get("model_type", str), raw.get("architectures", list, [])
-    if kind is None and architectures:
-        kind = next((k for k, names in MODEL_TYPES.items() if architectures[0] in names), None)
+    architectures = raw.get("architectures", [])
+    guess = [kind for kind, names in MODEL_TYPES.items() for name in architectures[:1] if name in names]
+    kind = raw.get("model_type", guess[0] if guess else "unnamed")
     if kind not in MODEL_TYPES or any(name not in MODEL_TYPES[kind] for name in architectures):
         raise ValueError(f"{raw.path}: architecture {(architectures or [kind])[0]!r} is not supported: "
                          f"only {', '.join(names[0] for names in MODEL_TYPES.values())} are")
@@ -142,7 +142,7 @@ def read_config(folder: Path) -> Config:
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(i, int) for i in eos):
         raise ValueError(f"{raw.path}: 'eos_token_id' is {eos!r}, not a token id or a list of them")
-    dtype = raw.get("dtype", str, raw.get("torch_dtype", str, "float32")).removeprefix("torch.")
+    dtype = raw.get("dtype", raw.get("torch_dtype", "float32")).removeprefix("torch.")
     c = (read_gpt2_config if kind == "gpt2" else read_llama_config)(raw, kind, {"eos": eos, "dtype": dtype})
     if c.activation not in ACTIVATIONS:
         raise ValueError(f"{raw.path}: activation {c.activation!r} is not supported: only {', '.join(ACTIVATIONS)} are")
@@ -152,35 +152,34 @@ def read_config(folder: Path) -> Config:
 
 
 def read_gpt2_config(raw: Fields, kind: str, common: dict) -> Config:
-    E, H, L = raw.need("n_embd", int), raw.need("n_head", int), raw.need("n_layer", int)
+    E, H, L = raw.need("n_embd"), raw.need("n_head"), raw.need("n_layer")
     if E % H:
         raise ValueError(f"{raw.path}: 'n_embd' {E} is not a multiple of 'n_head' {H}")
-    if raw.get("add_cross_attention", bool):
+    if raw.get("add_cross_attention", False):
         raise ValueError(f"{raw.path}: 'add_cross_attention' is not supported: only decoders that stand alone are")
-    scale = (E // H) ** -0.5 if raw.get("scale_attn_weights", bool, True) else 1.0
-    by_layer = raw.get("scale_attn_by_inverse_layer_idx", bool)
+    scale = (E // H) ** -0.5 if raw.get("scale_attn_weights", True) else 1.0
+    by_layer = raw.get("scale_attn_by_inverse_layer_idx", False)
     return Config(
-        family="gpt2", L=L, E=E, H=H, K=H, D=E // H, I=raw.get("n_inner", int, 4 * E), V=raw.need("vocab_size", int),
-        context=raw.get("n_positions", int, raw.get("n_ctx", int, 1024)),
-        activation=raw.get("activation_function", str, "gelu_new"), eps=raw.get("layer_norm_epsilon", float, 1e-5),
-        biased={"attn_norm", "qkv", "out", "mlp_norm", "up", "down", "final_norm"}, qk_norm=False,
-        tied=raw.get("tie_word_embeddings", bool, True),
+        family="gpt2", L=L, E=E, H=H, K=H, D=E // H, I=raw.get("n_inner", 4 * E), V=raw.need("vocab_size"),
+        context=raw.get("n_positions", raw.get("n_ctx", 1024)), activation=raw.get("activation_function", "gelu_new"),
+        eps=raw.get("layer_norm_epsilon", 1e-5), tied=raw.get("tie_word_embeddings", True), qk_norm=False,
+        biased={"attn_norm", "qkv", "out", "mlp_norm", "up", "down", "final_norm"},
         scales=[scale / (l + 1 if by_layer else 1) for l in range(L)], windows=[None] * L, rope={}, **common)
 
 
 def read_llama_config(raw: Fields, kind: str, common: dict) -> Config:
-    E, H, L = raw.need("hidden_size", int), raw.need("num_attention_heads", int), raw.need("num_hidden_layers", int)
-    D = raw.get("head_dim", int, max(1, E // H))
+    E, H, L = raw.need("hidden_size"), raw.need("num_attention_heads"), raw.need("num_hidden_layers")
+    D = raw.get("head_dim", max(1, E // H))
     # Mistral slides a window over every layer, Qwen over some of them and only if told to.
     window, layers = None, ["sliding_attention"] * L
     if kind == "mistral":   # null is none, too
-        window = raw.get("sliding_window", int, None if "sliding_window" in raw.values else 4096)
+        window = None if raw.values.get("sliding_window", 4096) is None else raw.get("sliding_window", 4096)
     elif kind != "llama":
-        window = raw.get("sliding_window", int, 4096) if raw.get("use_sliding_window", bool) else None
+        window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window", False) else None
         full = raw.values.get("max_window_layers", 28)   # 0 is possible
         if not isinstance(full, int):
             raise ValueError(f"{raw.path}: 'max_window_layers' is {full!r}, not a whole number")
-        layers = raw.get("layer_types", list, ["full_attention" if l < full else "sliding_attention" for l in range(L)])
+        layers = raw.get("layer_types", ["full_attention" if l < full else "sliding_attention" for l in range(L)])
     for name in layers:
         if name not in ("sliding_attention", "full_attention"):
             raise ValueError(f"{raw.path}: layer type {name!r} is not supported: "
@@ -188,25 +187,24 @@ def read_llama_config(raw: Fields, kind: str, common: dict) -> Config:
     if len(layers) != L:
         raise ValueError(f"{raw.path}: 'layer_types' names {len(layers)} layers, 'num_hidden_layers' is {L}")
     biased = {"qkv"} if kind == "qwen2" else set()
-    if kind in ("llama", "qwen3") and raw.get("attention_bias", bool):
+    if kind in ("llama", "qwen3") and raw.get("attention_bias", False):
         biased |= {"qkv", "out"}
-    if kind == "llama" and raw.get("mlp_bias", bool):
+    if kind == "llama" and raw.get("mlp_bias", False):
         biased |= {"up", "down"}
     return Config(
-        family="llama", L=L, E=E, H=H, K=raw.get("num_key_value_heads", int, H), D=D,
-        I=raw.need("intermediate_size", int), V=raw.need("vocab_size", int),
-        context=raw.get("max_position_embeddings", int, {"llama": 2048, "mistral": 131072}.get(kind, 32768)),
-        activation=raw.get("hidden_act", str, "silu"), eps=raw.get("rms_norm_eps", float, 1e-6),
-        biased=biased, qk_norm=kind == "qwen3", tied=raw.get("tie_word_embeddings", bool, False),
+        family="llama", L=L, E=E, H=H, K=raw.get("num_key_value_heads", H), D=D, I=raw.need("intermediate_size"),
+        V=raw.need("vocab_size"), activation=raw.get("hidden_act", "silu"), eps=raw.get("rms_norm_eps", 1e-6),
+        context=raw.get("max_position_embeddings", {"llama": 2048, "mistral": 131072}.get(kind, 32768)),
+        biased=biased, qk_norm=kind == "qwen3", tied=raw.get("tie_word_embeddings", False),
         scales=[D ** -0.5] * L, windows=[window if name == "sliding_attention" else None for name in layers],
         rope=read_rope(raw, D), **common)
 
 
 def read_rope(raw: Fields, D: int) -> dict:
     """{"rope_type", "rope_theta", ...} from either spelling: `rope_scaling` and `rope_theta`, or `rope_parameters`."""
-    rope = dict(raw.get("rope_scaling", dict, raw.get("rope_parameters", dict, {})))
+    rope = dict(raw.get("rope_scaling", raw.get("rope_parameters", {})))
     rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    rope["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", float, 10000.0))
+    rope["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
     needs = {"default": (), "linear": ("factor",), "llama3": (
         "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
     if rope["rope_type"] not in needs:
