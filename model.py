@@ -645,8 +645,7 @@ class Tokenizer:
         normal = partial(unicodedata.normalize, normal_form) if normal_form else str
         rest = *map(splitter, splits), lru_cache(1 << 16)(self._encode_word)
         self.stages = {}
-        for special in (False, True):
-            wanted = [a for a in added if special or not a.get("special")]
+        for special, wanted in (True, added), (False, [a for a in added if not a.get("special")]):
             self.stages[special] = (finder([a for a in wanted if not a.get("normalized")], str),
                                     finder([a for a in wanted if a.get("normalized")], normal), *rest)
 
@@ -682,9 +681,8 @@ class Tokenizer:
     def from_json(cls, folder: Path):
         """From tokenizer.json, the `tokenizers` package's own format."""
         raw = read_json(folder / "tokenizer.json")
-        model, added = raw["model"], raw.get("added_tokens") or []
-        known = {a["id"] for a in added}
-        added = added + [a for a in added_tokens(folder) if a["id"] not in known]
+        model, added = raw["model"], [*added_tokens(folder), *(raw.get("added_tokens") or [])]
+        added = {a["id"]: a for a in added}.values()   # this file has the last word
         if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
             kind = "SentencePiece-style" if model.get("byte_fallback") else model["type"]
             raise NeedsTokenizers(f"a {kind} model")
@@ -784,15 +782,14 @@ class ForeignTokenizer:
     def decoder(self, prompt: list[int]):
         """As in Tokenizer. A token's text depends on those before it (a first token loses its space), so a window of
         them, which begins with the prompt's end, is decoded with it and without; half a character waits."""
-        ids, start, done = prompt[-6:], 0, len(prompt[-6:])
+        seen, new = prompt[-6:], []
 
         def push(i: int, last: bool) -> str:
-            nonlocal start, done
-            ids.append(i)
-            before, after = self.decode(ids[start:done], True), self.decode(ids[start:], True)
+            new.append(i)
+            before, after = self.decode(seen, True), self.decode(seen + new, True)
             if after.endswith("\ufffd") and not last:
                 return ""
-            start, done = done, len(ids)
+            seen[:], new[:] = new, []
             return after[len(before):]
         return push
 
