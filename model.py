@@ -207,7 +207,7 @@ def read_rope(raw: Fields, D: int) -> dict:
     rope["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
     needs = {"default": (), "linear": ("factor",), "llama3": (
         "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if rope["rope_type"] not in needs:
+    if rope["rope_type"] not in list(needs):   # it may be anything
         raise ValueError(f"{raw.path}: rope type {rope['rope_type']!r} is not supported: only {', '.join(needs)} are")
     for key in ("rope_theta", *needs[rope["rope_type"]]):
         rope[key] = rope.get(key, raw.values.get(key))
@@ -608,7 +608,7 @@ def load_tokenizer(folder: Path):
                              "pip install tokenizers") from None
         except Exception as error:   # the package has no exception of its own
             raise ValueError(f"{file} cannot be used ({error}): fetch it again") from None
-    except (LookupError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (LookupError, TypeError, AttributeError, UnicodeDecodeError, regex.error) as error:
         raise ValueError(f"the tokenizer files in {folder} are damaged ({error!r}): fetch them again") from None
 
 

@@ -755,6 +755,7 @@ broken("architecture", "BertModel")(lambda f, c, t: rewrite(f, c, model_type="be
 broken("architecture of a known type", "LlamaForSequenceClassification")(
     lambda f, c, t: rewrite(f, c, architectures=["LlamaForSequenceClassification"]))
 broken("rope type", "yarn")(lambda f, c, t: rewrite(f, c, rope_scaling={"rope_type": "yarn", "factor": 2.0}))
+broken("rope type as a list", "rope type")(lambda f, c, t: rewrite(f, c, rope_scaling={"rope_type": ["linear"], "factor": 2.0}))
 broken("rope without its factor", "factor")(lambda f, c, t: rewrite(f, c, rope_scaling={"type": "linear"}))
 broken("activation", "swish7")(lambda f, c, t: rewrite(f, c, hidden_act="swish7"))
 broken("quantised", "quantization_config")(lambda f, c, t: rewrite(f, c, quantization_config={"bits": 4}))
@@ -800,6 +801,8 @@ broken("tokenizer torn", "tokenizer.json")(lambda f, c, t: (f / "tokenizer.json"
 broken("tokenizer.model without some bytes", "tokenizer.model", "byte")(
     lambda f, c, t: (f / "tokenizer.model").write_bytes(b"YQ== 0\nYg== 1\n"))
 broken("tokenizer.model torn", "tokenizer.model", "line 2")(lambda f, c, t: (f / "tokenizer.model").write_bytes(b"YQ== 0\nYg=="))
+broken("tokenizer with a torn pattern", "tokenizer", "damaged")(lambda f, c, t: (f / "tokenizer.json").write_text(json.dumps(
+    tokenizer_json(split_by("(?i:a"), None, None))))
 broken("tokenizer without its parts", "tokenizer")(lambda f, c, t: (f / "tokenizer.json").write_text("{}"))
 
 
