@@ -562,10 +562,6 @@ ALPHABET = "".join(chr(256 + UNPRINTABLE.index(b) if b in UNPRINTABLE else b) fo
 BYTES = {ord(character): b for b, character in enumerate(ALPHABET)}
 
 
-class NeedsTokenizers(Exception):
-    """The file asks for something other than byte-level BPE; the message names it."""
-
-
 def splitter(pattern: str | None):
     """A function from a text to its pieces; what the pattern does not match is one as well. None: a space before it."""
     if pattern is None:
@@ -600,7 +596,7 @@ def load_tokenizer(folder: Path):
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             return Tokenizer.from_gpt2(folder)
         return Tokenizer.from_llama3(model) if model.is_file() else None
-    except NeedsTokenizers as reason:
+    except NotImplementedError as reason:   # other than byte-level BPE
         try:
             return ForeignTokenizer(file)
         except ImportError:
@@ -685,23 +681,23 @@ class Tokenizer:
         added = {a["id"]: a for a in added}.values()   # this file has the last word
         if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
             kind = "SentencePiece-style" if model.get("byte_fallback") else model["type"]
-            raise NeedsTokenizers(f"a {kind} model")
+            raise NotImplementedError(f"a {kind} model")
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(option):
-                raise NeedsTokenizers(f"the BPE option {option}")
+                raise NotImplementedError(f"the BPE option {option}")
         vocab = model["vocab"]
         unknown = vocab.get(model.get("unk_token"))
         if unknown is not None and model.get("fuse_unk") and not all(c in vocab for c in ALPHABET):
-            raise NeedsTokenizers("the BPE option fuse_unk")
+            raise NotImplementedError("the BPE option fuse_unk")
         normal_form = None
         for step in steps(raw.get("normalizer"), "normalizers"):
             if step["type"] not in ("NFC", "NFD", "NFKC", "NFKD") or normal_form:
-                raise NeedsTokenizers(f"a {step['type']} normalizer")
+                raise NotImplementedError(f"a {step['type']} normalizer")
             normal_form = step["type"]
 
         *first, last = steps(raw.get("pre_tokenizer"), "pretokenizers") or [{"type": "nothing"}]
         if last["type"] != "ByteLevel":
-            raise NeedsTokenizers(f"a BPE model that is not byte-level (its pre-tokenizer ends in {last['type']})")
+            raise NotImplementedError(f"a BPE model that is not byte-level (its pre-tokenizer ends in {last['type']})")
         splits = []
         for step in first:
             if step["type"] == "Digits":
@@ -710,7 +706,7 @@ class Tokenizer:
                 pattern = step["pattern"]
                 splits.append(pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"]))
             else:
-                raise NeedsTokenizers(f"a {step['type']} pre-tokenizer")
+                raise NotImplementedError(f"a {step['type']} pre-tokenizer")
         splits += [None] if last.get("add_prefix_space", True) else []
         splits += [GPT2_SPLIT] if last.get("use_regex", True) else []
 
@@ -724,7 +720,7 @@ class Tokenizer:
                     else:
                         side += step["special_tokens"][item["SpecialToken"]["id"]]["ids"]
             elif step["type"] != "ByteLevel":
-                raise NeedsTokenizers(f"a {step['type']} post-processor")
+                raise NotImplementedError(f"a {step['type']} post-processor")
         return cls(vocab, model["merges"], splits, added, unknown, before, after, normal_form,
                    whole=model.get("ignore_merges"))
 
