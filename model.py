@@ -37,7 +37,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import regex
-import tiktoken
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -624,6 +623,7 @@ class Tokenizer:
         None puts a space before every piece. added: tokens that are found before splitting, as in tokenizer.json.
         unknown: the id of bytes that have none; None: they are left out. before, after: ids around every text. whole:
         words that are tokens stay whole, merges or not."""
+        import tiktoken
         words = {token: to_bytes(token) for token in vocab}
         ids = {bytes([b]): vocab.get(character, unknown) for b, character in enumerate(ALPHABET)}
         for pair in merges:
