@@ -41,6 +41,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -530,26 +531,22 @@ def serve(args: argparse.Namespace):
 
 def loop_seconds(llm: LLM, B: int) -> tuple[float, float, float]:
     """Median seconds of a decode step, and of the model and of choosing tokens in it."""
-    spent = {"model": [], "choose": []}
-    insides = {"model": (llm, llm.model), "choose": (nanoserve, nanoserve.choose)}
+    whole, model, choosing = [], [], []
 
-    def timed(name, function):
+    def timed(function, seconds: list[float]):
         def call(*arguments):
             begin = time.perf_counter()
             result = function(*arguments)
-            spent[name].append(time.perf_counter() - begin)
+            seconds.append(time.perf_counter() - begin)
             return result
         return call
-    for name, (owner, function) in insides.items():
-        setattr(owner, name, timed(name, function))
     for _ in range(B):
         llm.add([1] * 8, SamplingParams(max_tokens=200, ignore_eos=True))
-    whole = []
-    while llm.requests:
-        whole.append(clock(llm.step, llm.device))
-    for name, (owner, function) in insides.items():
-        setattr(owner, name, function)
-    return tuple(statistics.median(seconds[40:]) for seconds in (whole, *spent.values()))
+    with (patch.object(llm, "model", timed(llm.model, model)),
+          patch.object(nanoserve, "choose", timed(nanoserve.choose, choosing))):
+        while llm.requests:
+            whole.append(clock(llm.step, llm.device))
+    return tuple(statistics.median(seconds[40:]) for seconds in (whole, model, choosing))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -716,12 +713,9 @@ def compile_launches(launch, capability: int) -> list[dict]:
             units=next((name for word, name in UNITS.items() if word in binary.asm["ptx"]), "-"),
             programs=programs, occupancy=programs * warps / WARPS))
 
-    run, JITFunction.run = JITFunction.run, compile_instead
-    pretend, kernels.capability_of = kernels.capability_of, lambda device: capability
-    try:
+    with (patch.object(JITFunction, "run", compile_instead),
+          patch.object(kernels, "capability_of", lambda device: capability)):
         launch()
-    finally:
-        JITFunction.run, kernels.capability_of = run, pretend
     return found
 
 
