@@ -36,7 +36,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -238,15 +238,14 @@ class Lab:
 
     def __init__(self, args: argparse.Namespace, ceiling: bool = True):
         self.source = config_of(args.random) if args.random else Path(args.model or DEMO)
-        self.name = args.random or "/".join(self.source.parts[-2:])
-        self.args, self.config = args, self.source if args.random else read_config(self.source)
-        if self.config.context < 256:
-            raise ValueError(f"{self.name} has a context of {self.config.context}: the measurements need 256 at least")
-        self.dtype = args.dtype
+        name = args.random or "/".join(self.source.parts[-2:])
+        self.args, self.dtype = args, args.dtype
         self.llm = self.engine()
-        self.dtype, self.device = self.llm.dtype, self.llm.device
+        self.config, self.dtype, self.device = self.llm.config, self.llm.dtype, self.llm.device
+        if self.config.context < 256:
+            raise ValueError(f"{name} has a context of {self.config.context}: the measurements need 256 at least")
         self.itemsize = DTYPES[self.dtype].itemsize
-        print(f"{self.name} in {self.dtype} on {machine(self.device)}, PyTorch {torch.__version__}")
+        print(f"{name} in {self.dtype} on {machine(self.device)}, PyTorch {torch.__version__}")
         if ceiling:
             self.ceiling = measured_ceiling(self.device, self.dtype)
             peak, bandwidth = self.ceiling
@@ -257,26 +256,31 @@ class Lab:
         """Another LLM of the same model. Each prompt is new to it unless prefix_cache is asked for."""
         return LLM(self.source, self.args.device, self.dtype, **dict(prefix_cache=False, max_seqs=32) | options)
 
-    def prompts(self, B: int, T: int) -> list[list[int]]:
-        return random_prompts(self.config, [T] * B)
 
-    def prefill(self, B: int, T: int, repeats: int = 5) -> float:
-        """Median seconds to the first tokens of B prompts of T tokens."""
-        def run():
-            for out in self.llm.generate(self.prompts(B, T), SamplingParams(max_tokens=1, ignore_eos=True)):
-                if out.error:
-                    raise ValueError(f"{self.name}: {out.error}")
-        return alternate([run], self.device, repeats)[0]
+def random_prompt(c: Config, n: int) -> list[int]:
+    return random.choices(range(c.V), k=n)
 
 
-def random_prompts(c: Config, lens: list[int]) -> list[list[int]]:
-    return [[random.randrange(c.V) for _ in range(n)] for n in lens]
+def generate(llm: LLM, prompts: list[list[int]], new: list[int]):
+    """So many new tokens for each prompt."""
+    outs = llm.generate(prompts, [SamplingParams(max_tokens=n, ignore_eos=True) for n in new])
+    for out, n in zip(outs, new):
+        if out.error:
+            raise ValueError(f"{llm.folder or 'random weights'}: {out.error}")
+        assert len(out.token_ids) == n
+
+
+def prefill_seconds(llm: LLM, B: int, T: int, repeats: int = 5) -> float:
+    """Median seconds to the first tokens of B prompts of T tokens."""
+    prompts = [random_prompt(llm.config, T) for _ in range(B)]
+    return alternate([lambda: generate(llm, prompts, [1] * B)], llm.device, repeats)[0]
 
 
 def decode_seconds(llm: LLM, B: int, context: int, steps: int = 24) -> float:
     """Median seconds of a decode step of B requests that have so many tokens, on average."""
-    for prompt in random_prompts(llm.config, [max(1, context - steps // 2 - 24)] * B):
-        llm.add(prompt, SamplingParams(max_tokens=llm.config.context, ignore_eos=True))
+    for _ in range(B):
+        llm.add(random_prompt(llm.config, max(1, context - steps // 2 - 24)),
+                SamplingParams(max_tokens=llm.config.context, ignore_eos=True))
     while any(request.pending > 1 for request in llm.requests.values()):
         llm.step()
     seconds = [clock(llm.step, llm.device) for _ in range(steps + 24)]
@@ -305,15 +309,12 @@ def phases(args: argparse.Namespace):
     """Prefill and decode: time, operations, bytes, and which of the two limits binds."""
     lab, rows = Lab(args), []
     longest = min(512, lab.config.context - 64)
-    cases = [("prefill", 1, T) for T in (longest // 16, longest // 4, longest)]
-    cases += [("decode", B, longest // 4) for B in (1, 4, 16)]
-    for phase, B, T in cases:
+    cases = [("prefill", prefill_seconds, 1, T, (T, 0)) for T in (longest // 16, longest // 4, longest)]
+    cases += [("decode", decode_seconds, B, longest // 4, (1, longest // 4)) for B in (1, 4, 16)]
+    for phase, measured, B, T, chunk in cases:
         progress(f"{phase}: {B} x {T}")
-        if phase == "prefill":
-            seconds, cost, tokens = lab.prefill(B, T), step_cost(lab.config, [(T, 0)] * B, lab.itemsize), B * T
-        else:
-            seconds, cost, tokens = decode_seconds(lab.llm, B, T), step_cost(lab.config, [(1, T)] * B, lab.itemsize), B
-        rows.append([f"{phase} {B} x {T}", seconds * 1e3, tokens / seconds, cost.flops / 1e6, cost.bytes / 1e6,
+        seconds, cost = measured(lab.llm, B, T), step_cost(lab.config, [chunk] * B, lab.itemsize)
+        rows.append([f"{phase} {B} x {T}", seconds * 1e3, B * chunk[0] / seconds, cost.flops / 1e6, cost.bytes / 1e6,
                      cost.flops / cost.bytes, cost.flops / seconds / lab.ceiling.peak * 100,
                      cost.bytes / seconds / lab.ceiling.bandwidth * 100, lab.ceiling.verdict(cost)])
     gain = rows[2][2] / rows[3][2]
@@ -368,7 +369,7 @@ def kv_cache(args: argparse.Namespace):
     before = (0, 0.0, 0.0)
     for T in [n for n in (32, 64, 128, 256, 512, 1024) if n < most] + [most]:
         progress(f"a token at position {T}")
-        now = (T, decode_seconds(lab.llm, 1, T, 12), lab.prefill(1, T, 3))
+        now = (T, decode_seconds(lab.llm, 1, T, 12), prefill_seconds(lab.llm, 1, T, 3))
         total = [s + (now[0] - before[0]) * (now[i] + (before[i] or now[i])) / 2 for i, s in enumerate(total, 1)]
         rows.append([T, now[1] * 1e3, now[2] * 1e3, now[2] / now[1], *total, total[1] / total[0]])
         before = now
@@ -494,13 +495,12 @@ def compare(title: str, contestants: dict, make, note: str, repeats: int = 3):
 def serve(args: argparse.Namespace):
     """The same requests, served in different ways."""
     lab, dice = Lab(args, ceiling=False), random.Random(0)
-    context = lab.config.context
+    context, prompt = lab.config.context, partial(random_prompt, lab.config)
 
     def crowd(gap: float = 0.0):
         """32 requests, prompts of 8 to 64 tokens, answers of 4 to 128, most of them short."""
         at = itertools.accumulate(dice.expovariate(1 / gap) if gap else 0.0 for _ in range(32))
-        return [(start, *lab.prompts(1, dice.randint(8, 64)), min(128, 4 + int(dice.expovariate(1 / 32))))
-                for start in at]
+        return [(start, prompt(dice.randint(8, 64)), min(128, 4 + int(dice.expovariate(1 / 32)))) for start in at]
 
     eight = lab.engine(max_seqs=8)
     ways = {"static": (eight, 8), "continuous": (eight, 0)}
@@ -513,12 +513,12 @@ def serve(args: argparse.Namespace):
 
     few = {f"chunks of {n}": (lab.engine(max_batched_tokens=n), 0) for n in (min(64, (context - 200) // 4), context)}
     compare(f"A prompt of {context - 200} tokens arrives among six that are decoding", few,
-            lambda: [(0.0, prompt, 100) for prompt in lab.prompts(6, 16)] + [(0.05, *lab.prompts(1, context - 200), 8)],
+            lambda: [(0.0, prompt(16), 100) for _ in range(6)] + [(0.05, prompt(context - 200), 8)],
             "In one piece, the long prompt stops everybody for as long as it takes; in chunks, it takes turns.")
 
     def shared():
-        start = lab.prompts(1, context // 2)[0]
-        return [(0.0, start + prompt, 16) for prompt in lab.prompts(12, 16)]
+        start = prompt(context // 2)
+        return [(0.0, start + prompt(16), 16) for _ in range(12)]
     compare(f"Twelve requests that begin with the same {context // 2} tokens", {
         f"prefix cache {'on' if on else 'off'}": (lab.engine(prefix_cache=on, max_seqs=4), 0) for on in (True, False)},
             shared, "With the cache, whoever comes after the first computes only what is new.")
@@ -630,7 +630,7 @@ def cpu(args: argparse.Namespace):
 
     def row(name, c, systems, lens, new, dtype, decode=True, repeats=3):
         progress(name)
-        prompts, one = random_prompts(c, lens), len(lens) == 1 and not decode
+        prompts, one = [random_prompt(c, n) for n in lens], len(lens) == 1 and not decode
         rates = tokens_per_second(systems, prompts, new, decode, repeats)
         rates = [rate * (lens[0] if one else 1) for rate in rates]    # a prefill is quoted by the prompt's tokens
         chunks = [(lens[0], 0)] if one else [(1, n + m // 2) for n, m in zip(lens, new)]
