@@ -552,17 +552,6 @@ def loop_seconds(llm: LLM, B: int) -> tuple[float, float, float]:
 # ---------------------------------------------------------------------------------------------
 # A CPU, beside transformers
 
-class Ours:
-    """nanoserve, for token ids: so many new tokens for each prompt."""
-
-    def __init__(self, model: Config | Path, dtype: str):
-        self.llm = LLM(model, "cpu", dtype, prefix_cache=False, max_seqs=32, num_blocks=1024)
-
-    def __call__(self, prompts: list[list[int]], new: list[int]):
-        outs = self.llm.generate(prompts, [SamplingParams(max_tokens=n, ignore_eos=True) for n in new])
-        assert [len(out.token_ids) for out in outs] == new, [out.error for out in outs]
-
-
 @cache
 def transformers():
     """The package, or None."""
@@ -598,23 +587,35 @@ class Theirs:
         assert sorted(len(out.generated_tokens) for out in outs) == sorted(new), [out.error for out in outs]
 
 
-def both(shape: str, dtype: str) -> list:
-    """Ours, and theirs if it is installed, with the same random weights."""
-    if not transformers():
-        return [Ours(config_of(shape), dtype)]
+def both(name: str, dtype: str) -> tuple[LLM, list]:
+    """nanoserve on the CPU, with random weights of a shape or with the demo's; and a list of what writes so many new
+    tokens for each prompt: it, and transformers with the same weights where that is installed."""
     with tempfile.TemporaryDirectory() as folder:
-        config = transformers().AutoConfig.for_model(**SHAPES[shape])
-        transformers().AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).save_pretrained(folder)
-        return [Ours(Path(folder), dtype), Theirs(Path(folder), dtype)]
+        source = config_of(name) if name in SHAPES else DEMO
+        if transformers() and name in SHAPES:
+            source, config = Path(folder), transformers().AutoConfig.for_model(**SHAPES[name])
+            transformers().AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).save_pretrained(source)
+        llm = LLM(source, "cpu", dtype, prefix_cache=False, max_seqs=32, num_blocks=1024)
+        return llm, [partial(generate, llm)] + ([Theirs(source, llm.dtype)] if transformers() else [])
 
 
-def tokens_per_second(systems: list, prompts: list[list[int]], new: list[int], decode: bool, repeats: int = 3):
-    """Of each system, in turns: of decode, that is less the time for a first token, or of the whole."""
-    calls = [lambda s=s, n=n: s(prompts, n) for s in systems for n in ([new, [1] * len(new)] if decode else [new])]
-    seconds = alternate(calls, torch.device("cpu"), repeats)
-    if decode:
-        return [(sum(new) - len(new)) / (whole - first) for whole, first in zip(seconds[::2], seconds[1::2])]
-    return [sum(new) / s for s in seconds]
+def speeds(llm: LLM, systems: list, case: str, lens: list[int], new: list[int], ceiling: Ceiling) -> list:
+    """Ours in tokens per second, what of the ceiling it reaches, theirs, and the ratio."""
+    prompts, decode = [random_prompt(llm.config, n) for n in lens], case.startswith("decode")
+    runs = [new, [1] * len(new)] if decode else [new]
+    seconds = alternate([partial(system, prompts, run) for system in systems for run in runs], llm.device,
+                        1 if "mixed" in case else 3)
+    tokens, reached = sum(new), ["-", "-"]
+    if decode:   # less the time for first tokens
+        seconds, tokens = [a - b for a, b in zip(seconds[::2], seconds[1::2])], tokens - len(new)
+        step = step_cost(llm.config, [(1, n + m // 2) for n, m in zip(lens, new)], DTYPES[llm.dtype].itemsize)
+        moved = step.bytes * (new[0] - 1) / seconds[0]
+        reached = [f"{moved / 1e9:.0f} GB/s", moved / ceiling.bandwidth * 100]
+    elif case.startswith("prefill"):   # quoted by the prompt's tokens
+        tokens, flops = lens[0], step_cost(llm.config, [(lens[0], 0)], 1).flops / seconds[0]
+        reached = [f"{flops / 1e9:.0f} GFLOP/s", flops / ceiling.peak * 100]
+    theirs = [round(tokens / seconds[1]), seconds[1] / seconds[0]] if len(systems) > 1 else ["-", "-"]
+    return [round(tokens / seconds[0]), *reached, *theirs]
 
 
 def cpu(args: argparse.Namespace):
@@ -626,37 +627,17 @@ def cpu(args: argparse.Namespace):
     print(f"{machine(device)}, PyTorch {torch.__version__}, transformers "
           f"{theirs.__version__ if theirs else 'not installed'}\nCeilings as measured: {bandwidth / 1e9:.0f} GB/s; "
           + ", ".join(f"{ceiling.peak / 1e9:.0f} GFLOP/s in {dtype}" for dtype, ceiling in ceilings.items()))
+    three = [("prefill 512", [512], [1]), ("decode, batch 1", [32], [33]), ("decode, batch 16", [32] * 16, [33] * 16)]
+    mixed = ("32 mixed requests", random.choices(range(8, 129), k=32), random.choices(range(8, 97), k=32))
+    cases = {"gpt2": three, "llama-135m": [*three, mixed], "demo/llama": [("decode, batch 1", [8], [201])]}
     rows = []
-
-    def row(name, c, systems, lens, new, dtype, decode=True, repeats=3):
-        progress(name)
-        prompts, one = [random_prompt(c, n) for n in lens], len(lens) == 1 and not decode
-        rates = tokens_per_second(systems, prompts, new, decode, repeats)
-        rates = [rate * (lens[0] if one else 1) for rate in rates]    # a prefill is quoted by the prompt's tokens
-        chunks = [(lens[0], 0)] if one else [(1, n + m // 2) for n, m in zip(lens, new)]
-        cost = step_cost(c, chunks, DTYPES[dtype].itemsize)
-        steps = rates[0] / (lens[0] if one else len(lens))
-        reached = ["-", "-"]
-        if one:
-            flops = steps * cost.flops
-            reached = [f"{flops / 1e9:.0f} GFLOP/s", flops / ceilings[dtype].peak * 100]
-        elif decode:
-            reached = [f"{steps * cost.bytes / 1e9:.0f} GB/s", steps * cost.bytes / bandwidth * 100]
-        compared = [round(rates[1]), rates[0] / rates[1]] if theirs else ["-", "-"]
-        rows.append([name, round(rates[0]), *reached, *compared])
-
-    for shape, dtype in itertools.product(("gpt2", "llama-135m"), ("float32", "bfloat16")):
-        progress(f"making {shape}")
-        c, systems, name = config_of(shape), both(shape, dtype), f"{shape} {dtype}"
-        row(f"{name}: prefill 512", c, systems, [512], [1], dtype, decode=False)
-        row(f"{name}: decode, batch 1", c, systems, [32], [33], dtype)
-        row(f"{name}: decode, batch 16", c, systems, [32] * 16, [33] * 16, dtype)
-        if shape == "llama-135m":
-            lens, new = [[random.randint(8, most) for _ in range(32)] for most in (128, 96)]
-            row(f"{name}: 32 mixed requests", c, systems, lens, new, dtype, decode=False, repeats=1)
-    ours = Ours(DEMO, "auto")
-    row(f"demo/llama {ours.llm.dtype}: decode, batch 1", ours.llm.config,
-        [ours] + ([Theirs(DEMO, ours.llm.dtype)] if theirs else []), [8], [201], ours.llm.dtype)
+    for name, dtype in [*itertools.product(("gpt2", "llama-135m"), ceilings), ("demo/llama", "auto")]:
+        progress(f"making {name}")
+        llm, systems = both(name, dtype)
+        for case in cases[name]:
+            row = f"{name} {llm.dtype}: {case[0]}"
+            progress(row)
+            rows.append([row, *speeds(llm, systems, *case, Ceiling(ceilings[llm.dtype].peak, bandwidth))])
     print_table("Tokens per second, random weights",
                 ["", "nanoserve", "reached", "% of ceiling", "transformers", "ratio"], rows,
                 "Decode reads every weight once per step and is held against the memory's bandwidth; prefill "
@@ -673,7 +654,7 @@ def cpu(args: argparse.Namespace):
         rows.append([dtype, *(x * 1000 for x in (seconds[128], seconds[4096], extra, floor)), extra / floor])
     print_table("What a long context adds to a decode step of llama-135m",
                 ["", "ms at 128", "ms at 4096", "extra ms", "its bytes / bandwidth, ms", "ratio"], rows)
-    step, model, _ = loop_seconds(ours.llm, 1)
+    step, model, _ = loop_seconds(LLM(DEMO, "cpu"), 1)
     print(f"\nA decode step of demo/llama takes {step * 1e6:.0f} us, of which {(step - model) * 1e6:.0f} are not the "
           "model:\ndeciding who runs, building the batch, choosing the token, keeping the books.")
 
