@@ -414,32 +414,29 @@ def estimate(args: argparse.Namespace):
     path = Path(name)
     c = config_of(name) if name in SHAPES else read_config(path.parent if path.name == "config.json" else path)
     m = measured_ceiling(torch.device("cpu"), "bfloat16") if args.hardware == "cpu" else HARDWARE[args.hardware]
-    T, weights, head = min(args.context, c.context), layer_weights(c), c.V * c.E
-    P, kv = weights + head, kv_bytes(c, 2)
-    decode, prefill = step_cost(c, [(1, T)], 2), step_cost(c, [(T, 0)], 2)
+    T, weights, kv, G = min(args.context, c.context), layer_weights(c), kv_bytes(c, 2), 1e9
+    P, decode, prefill = weights + c.V * c.E, step_cost(c, [(1, T)], 2), step_cost(c, [(T, 0)], 2)
     tps, ttft = 1 / m.seconds(decode), m.seconds(prefill)
-    balance, G = m.peak / m.bandwidth, 1e9
+    met, size, per_token = f"{P / G:.2f} G", f"{2 * P / G:.2f} GB", f"{kv / 1024:.0f} KiB"   # for later rows
+    read, ops, prompt = f"{decode.bytes / G:.2f}", f"{decode.flops / G:.1f}", f"{prefill.flops / 1e12:.2f} TFLOP"
+    peak, memory = f"{m.peak / 1e12:.1f} TFLOP/s", f"{m.bandwidth / 1e12:.3f} TB/s"
+    step, wait, speed = f"{1e3 / tps:.2f} ms", f"{ttft * 1e3:.1f} ms", f"{T / ttft:,.0f}"
     rows = [
-        ["weights that a token meets", f"{weights / G:.3f} G in layers + V E = {c.V} x {c.E}", f"{P / G:.2f} G"],
-        ["their bytes", f"2 x {P / G:.2f} G", f"{2 * P / G:.2f} GB"],
-        ["K and V per token", f"2 x L K D x 2 = 2 x {c.L} x {c.K} x {c.D} x 2", f"{kv / 1024:.0f} KiB"],
+        ["weights that a token meets", f"{weights / G:.3f} G in layers + V E = {c.V} x {c.E}", met],
+        ["their bytes", f"2 x {met}", size],
+        ["K and V per token", f"2 x L K D x 2 = 2 x {c.L} x {c.K} x {c.D} x 2", per_token],
         ["the same without GQA", f"2 x L H D x 2 = 2 x {c.L} x {c.H} x {c.D} x 2", f"{kv * c.H // c.K / 1024:.0f} KiB"],
-        [f"bytes of a decode step at {T}", f"{2 * P / G:.2f} GB + {T} x {kv / 1024:.0f} KiB",
-         f"{decode.bytes / G:.2f} GB"],
-        ["its operations", f"2 x {P / G:.2f} G + 4 L H D x {T}", f"{decode.flops / G:.1f} GFLOP"],
-        ["its intensity", f"{decode.flops / G:.1f} / {decode.bytes / G:.2f}",
-         f"{decode.flops / decode.bytes:.2f} FLOP/B"],
-        [f"balance of {args.hardware}", f"{m.peak / 1e12:.1f} TFLOP/s / {m.bandwidth / 1e12:.3f} TB/s",
-         f"{balance:.0f} FLOP/B"],
-        ["its least time", f"{decode.bytes / G:.2f} GB / {m.bandwidth / 1e12:.3f} TB/s" if m.verdict(decode) == "memory"
-         else f"{decode.flops / G:.1f} GFLOP / {m.peak / 1e12:.1f} TFLOP/s", f"{1e3 / tps:.2f} ms"],
-        ["bound on TPS at batch 1", f"1 / {1e3 / tps:.2f} ms", f"{tps:.0f} tokens/s"],
-        [f"operations of a prompt of {T}", f"2 x {weights / G:.2f} G x {T} + 2 V E + 2 L H D x {T} x {T + 1}",
-         f"{prefill.flops / 1e12:.2f} TFLOP"],
-        ["bound on its TTFT", f"{prefill.flops / 1e12:.2f} TFLOP / {m.peak / 1e12:.1f} TFLOP/s" if m.verdict(prefill) ==
-         "compute" else f"{prefill.bytes / G:.2f} GB / {m.bandwidth / 1e12:.3f} TB/s", f"{ttft * 1e3:.1f} ms"],
-        ["prefill tokens/s", f"{T} / {ttft * 1e3:.1f} ms", f"{T / ttft:,.0f}"],
-        ["prefill over decode, per token", f"{T / ttft:,.0f} / {tps:.0f}", f"{T / ttft / tps:.0f} times"],
+        [f"bytes of a decode step at {T}", f"{size} + {T} x {per_token}", f"{read} GB"],
+        ["its operations", f"2 x {met} + 4 L H D x {T}", f"{ops} GFLOP"],
+        ["its intensity", f"{ops} / {read}", f"{decode.flops / decode.bytes:.2f} FLOP/B"],
+        [f"balance of {args.hardware}", f"{peak} / {memory}", f"{m.peak / m.bandwidth:.0f} FLOP/B"],
+        ["its least time", f"{read} GB / {memory}" if m.verdict(decode) == "memory" else f"{ops} GFLOP / {peak}", step],
+        ["bound on TPS at batch 1", f"1 / {step}", f"{tps:.0f} tokens/s"],
+        [f"operations of a prompt of {T}", f"2 x {weights / G:.2f} G x {T} + 2 V E + 2 L H D x {T} x {T + 1}", prompt],
+        ["bound on its TTFT", f"{prompt} / {peak}" if m.verdict(prefill) == "compute" else
+         f"{prefill.bytes / G:.2f} GB / {memory}", wait],
+        ["prefill tokens/s", f"{T} / {wait}", speed],
+        ["prefill over decode, per token", f"{speed} / {tps:.0f}", f"{T / ttft / tps:.0f} times"],
     ]
     print_table(f"{name} in bfloat16 on {args.hardware}, {T} tokens of context, on paper",
                 ["", "formula", "value"], rows,
