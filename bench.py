@@ -680,12 +680,12 @@ def compile_launches(launch, capability: int) -> list[dict]:
         warps, shared = binary.metadata.num_warps, binary.metadata.shared
         programs = min(REGISTERS // (32 * warps * -(-registers // 8) * 8), WARPS // warps,
                        SHARED[capability] // (shared + 1024))
-        found.append(dict(
+        found.append(dict(   # the columns of the table, in their order
             kernel=kernel.__name__.strip("_").removesuffix("_kernel"), gpu=f"sm_{capability}",
             tile=f"{constants['ROWS']} x {constants['TILE']}" if "TILE" in constants else "-",
-            warps=warps, stages=binary.metadata.num_stages, registers=registers, spills=spills, shared=shared / 1024,
+            warps=warps, stages=binary.metadata.num_stages, regs=registers, spills=spills, KiB=f"{shared / 1024:.0f}",
             units=next((name for word, name in UNITS.items() if word in binary.asm["ptx"]), "-"),
-            programs=programs, occupancy=programs * warps / WARPS))
+            programs=programs, occupancy=f"{programs * warps / WARPS:.0%}"))
 
     with (patch.object(JITFunction, "run", compile_instead),
           patch.object(kernels, "capability_of", lambda device: capability)):
@@ -715,12 +715,10 @@ def launch_all(D: int, dtype: torch.dtype = torch.bfloat16, S: int = 64, H: int 
 
 def show_compiled():
     rows = []
-    for D in (64, 128, 256):
-        for capability in SHARED:
-            progress(f"compiling for sm_{capability}, head size {D}")
-            for c in compile_launches(lambda: launch_all(D), capability):
-                rows.append([f"{c['kernel']}, D = {D}", c["gpu"], c["tile"], c["warps"], c["stages"], c["registers"],
-                             c["spills"], f"{c['shared']:.0f}", c["units"], c["programs"], f"{c['occupancy']:.0%}"])
+    for D, capability in itertools.product((64, 128, 256), SHARED):
+        progress(f"compiling for sm_{capability}, head size {D}")
+        for c in compile_launches(lambda: launch_all(D), capability):
+            rows.append([f"{c.pop('kernel')}, D = {D}", *c.values()])
     rows.sort(key=lambda row: row[0].split(",")[0])
     print_table("The kernels as compiled for bfloat16, 32 query and 8 KV heads, blocks of 64 tokens",
                 ["kernel", "GPU", "tile", "warps", "stages", "regs", "spills", "KiB", "units", "per SM", "occupied"],
