@@ -442,39 +442,36 @@ def estimate(args: argparse.Namespace):
 
 
 def play(llm: LLM, requests: list[tuple[float, list[int], int]], group: int = 0) -> dict[str, list[float]]:
-    """Send (arrival in seconds, prompt, new tokens) at their times and note when each token appears.
+    """Send (arrival in seconds, prompt, new tokens), which are in order, and note when each token appears.
 
     group: static batching, that many requests together and the next ones when all of these have finished.
     """
-    waiting, arrival, last = sorted(requests, key=lambda request: request[0]), {}, {}
-    seen, begin = {"tokens/s": [], "ttft": [], "gap": []}, time.perf_counter()
+    waiting, last, begin = list(requests), {}, time.perf_counter()   # last: of a request's arrival and its tokens
+    seen = {"tokens/s": [], "ttft": [], "gap": []}
     while waiting or llm.requests:
-        now, free = time.perf_counter() - begin, group or len(waiting)
-        if group and llm.requests:
-            free = 0
-        while free and waiting and waiting[0][0] <= now:
-            start, prompt, new = waiting.pop(0)
-            arrival[llm.add(prompt, SamplingParams(max_tokens=new, ignore_eos=True))] = start
-            free -= 1
+        now = time.perf_counter() - begin
+        there = [] if group and llm.requests else [request for request in waiting if request[0] <= now][:group or None]
+        for start, prompt, new in there:
+            last[llm.add(prompt, SamplingParams(max_tokens=new, ignore_eos=True))] = start
+        del waiting[:len(there)]
         if not llm.requests:
             time.sleep(max(0.0, waiting[0][0] - now))
-            continue
         for out in llm.step():
             now = time.perf_counter() - begin
-            seen["gap" if out.id in last else "ttft"].append(now - last.get(out.id, arrival[out.id]))
+            seen["gap" if len(out.token_ids) > 1 else "ttft"].append(now - last[out.id])
             last[out.id] = now
     seen["tokens/s"].append(sum(new for _, _, new in requests) / max(last.values()))
     return seen
 
 
-def compare(title: str, contestants: dict, make, note: str, repeats: int = 3):
+def compare(title: str, contestants: dict, make, note: str):
     """A row per contestant (an LLM and its group) on the requests that `make` gives, played in turns; the first turn is
     not counted."""
     found = {name: {} for name in contestants}
-    for turn in range(repeats + 1):
+    for turn in range(4):
         requests = make()
         for name, (llm, group) in contestants.items():
-            progress(f"{title}: {name}, {turn + 1} of {repeats + 1}")
+            progress(f"{title}: {name}, {turn + 1} of 4")
             for key, values in play(llm, requests, group).items():
                 found[name].setdefault(key, []).extend(values if turn else [])
     rows = []
