@@ -137,12 +137,9 @@ def save_plot(path: str, pyplot):
                 axis.plot(*zip(*sorted((row[x], row[y]) for row in rows)), "o-", label=header[y])
             axis.set(xlabel=header[x], xscale="log", yscale="log")
             axis.legend()
-        else:
-            y = next((i for i, cell in enumerate(rows[0]) if not isinstance(cell, str)), None)
-            if y is None:   # words only
-                continue
-            axis.barh([row[0] for row in rows][::-1], [row[y] for row in rows][::-1])
-            axis.set_xlabel(header[y])
+        elif numbers := [i for i, cell in enumerate(rows[0]) if not isinstance(cell, str)]:
+            axis.barh([row[0] for row in rows][::-1], [row[numbers[0]] for row in rows][::-1])
+            axis.set_xlabel(header[numbers[0]])
     figure.tight_layout()
     figure.savefig(path)
 
