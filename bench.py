@@ -323,25 +323,22 @@ def batch(args: argparse.Namespace):
     """Decode against batch size, measured and by the roofline: a step reads the weights once for all its requests, so
     it costs little more for several, until their own K and V, or their operations, outweigh the weights."""
     lab, rows, context = Lab(args), [], 128
-    c = lab.config
-    sizes = [1, 2, 4, 8, 16, 32]
+    c, pool, sizes = lab.config, lab.llm.pool, [1, 2, 4, 8, 16, 32]
     for B in sizes:
         progress(f"decode: {B} x {context}")
         seconds = decode_seconds(lab.llm, B, context)
         floor = lab.ceiling.seconds(step_cost(c, [(1, context)] * B, lab.itemsize))
         rows.append([B, seconds * 1e3, B / seconds, 1 / seconds, floor * 1e3, floor / seconds * 100])
     knee = next((row[0] for row in rows if row[1] > 2 * rows[0][1]), None)
-    per_request = kv_bytes(c, lab.itemsize) * c.context
-    room = lab.llm.pool.num_blocks * lab.llm.pool.block_size
+    turn = f"batch {knee} is the first to take more" if knee else f"batch {sizes[-1]} takes less"
     print_table(f"Decode at {context} tokens of context against batch size",
                 ["batch", "ms per step", "tokens/s", "each", "roofline ms", "% of roofline"], rows,
-                f"By the roofline decode turns {crossover(c, lab.ceiling, context, lab.itemsize)}. Measured, a "
-                + (f"step of batch {knee} is the first to take more than twice the time of batch 1. " if knee else
-                   f"step of batch {sizes[-1]} takes less than twice the time of batch 1. ")
-                + "By the roofline a decode's cost is reading the weights once for all; where its measured time grows "
-                "sooner, products of a few rows are slow, or each request's own costs are not small beside them. "
-                f"A request of {c.context} tokens holds {per_request / 1e6:,.1f} MB of K and V, and this pool "
-                f"has room for {room // c.context} of them.", ("batch", "tokens/s", "each"))
+                f"By the roofline decode turns {crossover(c, lab.ceiling, context, lab.itemsize)}. Measured, a step of "
+                f"{turn} than twice the time of batch 1. By the roofline a decode's cost is reading the weights once "
+                "for all; where its measured time grows sooner, products of a few rows are slow, or each request's own "
+                f"costs are not small beside them. A request of {c.context} tokens holds "
+                f"{kv_bytes(c, lab.itemsize) * c.context / 1e6:,.1f} MB of K and V, and this pool has room for "
+                f"{pool.num_blocks * pool.block_size // c.context} of them.", ("batch", "tokens/s", "each"))
 
 
 def crossover(c: Config, ceiling: Ceiling, context: int, itemsize: int) -> str:
