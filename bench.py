@@ -40,6 +40,7 @@ from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -654,31 +655,25 @@ UNITS = {"wgmma": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}   # the 
 def compile_launches(launch, capability: int) -> list[dict]:
     """Run `launch` on tensors of the CPU, but compile each Triton kernel for sm_<capability> instead of running it."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import JITFunction, mangle_type
-    found = []
+    from triton.runtime import JITFunction, driver
+    run, found = JITFunction.run, []
 
     def compile_instead(kernel, *args, grid, warmup, **options):
-        launch_options = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
-        values = dict(zip(kernel.arg_names, args)) | options
-        constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
-        signature = {p.name: "constexpr" if p.is_constexpr else mangle_type(values[p.name]) for p in kernel.params}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params)   # as a real launch would find
-                   if not p.is_constexpr and (torch.is_tensor(values[p.name]) or values[p.name] % 16 == 0)}
-        source, target = ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", capability, 32)
-        binary = kernels.triton.compile(source, target, launch_options)
+        binary = run(kernel, *args, grid=grid, warmup=True, **options)
         registers, spills = resources(binary.asm["cubin"])
         warps, shared = binary.metadata.num_warps, binary.metadata.shared
         programs = min(REGISTERS // (32 * warps * -(-registers // 8) * 8), WARPS // warps,
                        SHARED[capability] // (shared + 1024))
         found.append(dict(   # the columns of the table, in their order
             kernel=kernel.__name__.strip("_").removesuffix("_kernel"), gpu=f"sm_{capability}",
-            tile=f"{constants['ROWS']} x {constants['TILE']}" if "TILE" in constants else "-",
+            tile=f"{options['ROWS']} x {options['TILE']}" if "TILE" in options else "-",
             warps=warps, stages=binary.metadata.num_stages, regs=registers, spills=spills, KiB=f"{shared / 1024:.0f}",
             units=next((name for word, name in UNITS.items() if word in binary.asm["ptx"]), "-"),
             programs=programs, occupancy=f"{programs * warps / WARPS:.0%}"))
 
-    with (patch.object(JITFunction, "run", compile_instead),
+    gpu = SimpleNamespace(get_current_device=lambda: capability, get_current_stream=lambda device: None,
+                          get_current_target=lambda: GPUTarget("cuda", capability, 32))
+    with (patch.object(JITFunction, "run", compile_instead), patch.object(driver, "_active", gpu),
           patch.object(kernels, "capability_of", lambda device: capability)):
         launch()
     return found
