@@ -516,7 +516,7 @@ def serve(args: argparse.Namespace):
 
 def loop_seconds(llm: LLM, B: int) -> tuple[float, float, float]:
     """Median seconds of a decode step, and of the model and of choosing tokens in it."""
-    whole, model, choosing = [], [], []
+    model, choosing = [], []
 
     def timed(function, seconds: list[float]):
         def call(*arguments):
@@ -525,13 +525,10 @@ def loop_seconds(llm: LLM, B: int) -> tuple[float, float, float]:
             seconds.append(time.perf_counter() - begin)
             return result
         return call
-    for _ in range(B):
-        llm.add([1] * 8, SamplingParams(max_tokens=200, ignore_eos=True))
     with (patch.object(llm, "model", timed(llm.model, model)),
           patch.object(nanoserve, "choose", timed(nanoserve.choose, choosing))):
-        while llm.requests:
-            whole.append(clock(llm.step, llm.device))
-    return tuple(statistics.median(seconds[40:]) for seconds in (whole, model, choosing))
+        whole = decode_seconds(llm, B, 128, 160)
+    return whole, statistics.median(model[40:]), statistics.median(choosing[40:])
 
 
 # ---------------------------------------------------------------------------------------------
