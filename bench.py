@@ -690,10 +690,9 @@ def resources(cubin: bytes) -> tuple[int, int]:
 def launch_all(D: int, dtype: torch.dtype = torch.bfloat16, S: int = 64, H: int = 32, K: int = 8,
                window: int | None = None, slopes_H: torch.Tensor | None = None):
     """One launch of every kernel."""
-    pool_KNSD, q_THD = torch.empty(K, 16, S, D, dtype=dtype), torch.empty(81, H, D, dtype=dtype)
-    batch = make_batch([Chunk([0], 99, list(range(7))), Chunk([0] * 80, 0, list(range(7, 14)))], S)
-    kernels.write_kv_triton(q_THD[:, :K], q_THD[:, :K], pool_KNSD, pool_KNSD, batch.slots_T)
-    kernels.attention_triton(q_THD, pool_KNSD, pool_KNSD, batch, D ** -0.5, window, slopes_H)
+    q, k, v, batch, scale = paged_inputs([(1, 99), (80, 0)], H, K, D, S, dtype)
+    kernels.write_kv_triton(q[:, :K], q[:, :K], k, v, batch.slots_T)
+    kernels.attention_triton(q, k, v, batch, scale, window, slopes_H)
 
 
 def show_compiled():
@@ -715,12 +714,11 @@ def show_compiled():
 # With a GPU: check, then time
 
 def paged_inputs(lens: list[tuple[int, int]], H: int, K: int, D: int, S: int, dtype: torch.dtype,
-                 device: torch.device) -> tuple:
+                 device: torch.device | str = "cpu") -> tuple:
     """q, K and V pools with shuffled blocks, and the batch, for requests of (query tokens, past)."""
     need = [-(-(n + past) // S) for n, past in lens]
-    blocks = torch.randperm(sum(need)).tolist()
-    chunks = [Chunk([0] * n, past, [blocks.pop() for _ in range(b)]) for (n, past), b in zip(lens, need)]
-    batch = make_batch(chunks, S, device)
+    tables = torch.randperm(sum(need)).split(need)
+    batch = make_batch([Chunk([0] * n, past, t.tolist()) for (n, past), t in zip(lens, tables)], S, device)
     q = torch.randn(sum(n for n, _ in lens), H, D, device=device, dtype=dtype)
     k, v = (torch.randn(K, sum(need), S, D, device=device, dtype=dtype) for _ in "kv")
     return q, k, v, batch, D ** -0.5
