@@ -847,18 +847,16 @@ def show_measured():
 
 def kernels_command(args: argparse.Namespace):
     """The attention kernels: compiled for GPUs that are not here, or checked and timed on the one that is."""
+    gpu = torch.cuda.is_available()
+    if not gpu:   # the compiler instead of the interpreter, which must be chosen before the import
+        os.environ["TRITON_INTERPRET"] = "0"
     triton = kernels.load_triton()
     if triton is None:
         raise ValueError("the kernels need the triton package, which is not installed: "
                          "pip install -r requirements.txt on Linux")
-    if torch.cuda.is_available():
-        print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}")
-        show_measured()
-    elif kernels.INTERPRETED:   # the compiler instead of the interpreter, which must be chosen before the import
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "0"})
-    else:
-        print(f"No GPU here: PyTorch {torch.__version__}, Triton {triton.__version__}")
-        show_compiled()
+    place = f"{torch.cuda.get_device_name()}," if gpu else "No GPU here:"
+    print(f"{place} PyTorch {torch.__version__}, Triton {triton.__version__}")
+    (show_measured if gpu else show_compiled)()
 
 
 COMMANDS = {"phases": phases, "batch": batch, "cache": kv_cache, "traffic": traffic, "estimate": estimate,
