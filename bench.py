@@ -562,10 +562,7 @@ class Theirs:
         with self.model.continuous_batching_context_manager(generation_config=self.options) as manager:
             for prompt, n in zip(prompts, new):
                 manager.add_request(prompt, max_new_tokens=n)
-            outs = []
-            while len(outs) < len(prompts):
-                result = manager.get_result(timeout=1)
-                outs += [result] if result and result.is_finished() else []
+            outs = list(itertools.islice(manager, len(prompts)))   # each as it is finished
         assert sorted(len(out.generated_tokens) for out in outs) == sorted(new), [out.error for out in outs]
 
 
