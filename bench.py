@@ -233,24 +233,19 @@ class Lab:
     """A model on a device, as the arguments ask for, and what the machine could do."""
 
     def __init__(self, args: argparse.Namespace, ceiling: bool = True):
-        self.source = config_of(args.random) if args.random else Path(args.model or DEMO)
-        name = args.random or "/".join(self.source.parts[-2:])
-        self.args, self.dtype = args, args.dtype
+        source = config_of(args.random) if args.random else Path(args.model or DEMO)
+        name = args.random or "/".join(source.parts[-2:])
+        # Makes an LLM of this model. Each prompt is new to it unless prefix_cache is asked for.
+        self.engine = partial(LLM, source, args.device, args.dtype, prefix_cache=False, max_seqs=32)
         self.llm = self.engine()
-        self.config, self.dtype, self.device = self.llm.config, self.llm.dtype, self.llm.device
+        self.config, self.device, self.itemsize = self.llm.config, self.llm.device, DTYPES[self.llm.dtype].itemsize
         if self.config.context < 256:
             raise ValueError(f"{name} has a context of {self.config.context}: the measurements need 256 at least")
-        self.itemsize = DTYPES[self.dtype].itemsize
-        print(f"{name} in {self.dtype} on {machine(self.device)}, PyTorch {torch.__version__}")
+        print(f"{name} in {self.llm.dtype} on {machine(self.device)}, PyTorch {torch.__version__}")
         if ceiling:
-            self.ceiling = measured_ceiling(self.device, self.dtype)
-            peak, bandwidth = self.ceiling
+            self.ceiling = peak, bandwidth = measured_ceiling(self.device, self.llm.dtype)
             print(f"Ceilings as measured: {peak / 1e9:,.0f} GFLOP/s and {bandwidth / 1e9:,.0f} GB/s, a balance of "
                   f"{peak / bandwidth:.0f} operations per byte")
-
-    def engine(self, **options) -> LLM:
-        """Another LLM of the same model. Each prompt is new to it unless prefix_cache is asked for."""
-        return LLM(self.source, self.args.device, self.dtype, **dict(prefix_cache=False, max_seqs=32) | options)
 
 
 def random_prompt(c: Config, n: int) -> list[int]:
