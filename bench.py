@@ -36,11 +36,13 @@ import sys
 import tempfile
 import textwrap
 import time
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -136,12 +138,9 @@ def save_plot(path: str, pyplot):
                 axis.plot(*zip(*sorted((row[x], row[y]) for row in rows)), "o-", label=header[y])
             axis.set(xlabel=header[x], xscale="log", yscale="log")
             axis.legend()
-        else:
-            y = next((i for i, cell in enumerate(rows[0]) if not isinstance(cell, str)), None)
-            if y is None:   # words only
-                continue
-            axis.barh([row[0] for row in rows][::-1], [row[y] for row in rows][::-1])
-            axis.set_xlabel(header[y])
+        elif numbers := [i for i, cell in enumerate(rows[0]) if not isinstance(cell, str)]:
+            axis.barh([row[0] for row in rows][::-1], [row[numbers[0]] for row in rows][::-1])
+            axis.set_xlabel(header[numbers[0]])
     figure.tight_layout()
     figure.savefig(path)
 
@@ -209,9 +208,7 @@ def measured_ceiling(device: torch.device, dtype: str) -> Ceiling:
 
 def clock(call, device: torch.device) -> float:
     """Seconds of one call, the device's work included."""
-    def wait():
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
+    wait = getattr(torch, device.type).synchronize   # on a CPU it returns at once
     wait()
     begin = time.perf_counter()
     call()
@@ -236,46 +233,45 @@ class Lab:
     """A model on a device, as the arguments ask for, and what the machine could do."""
 
     def __init__(self, args: argparse.Namespace, ceiling: bool = True):
-        self.source = config_of(args.random) if args.random else Path(args.model or DEMO)
-        self.name = args.random or "/".join(self.source.parts[-2:])
-        self.args, self.config = args, self.source if args.random else read_config(self.source)
-        if self.config.context < 256:
-            raise ValueError(f"{self.name} has a context of {self.config.context}: the measurements need 256 at least")
-        self.dtype = args.dtype
+        source = config_of(args.random) if args.random else Path(args.model or DEMO)
+        name = args.random or "/".join(source.parts[-2:])
+        # Makes an LLM of this model. Each prompt is new to it unless prefix_cache is asked for.
+        self.engine = partial(LLM, source, args.device, args.dtype, prefix_cache=False, max_seqs=32)
         self.llm = self.engine()
-        self.dtype, self.device = self.llm.dtype, self.llm.device
-        self.itemsize = DTYPES[self.dtype].itemsize
-        print(f"{self.name} in {self.dtype} on {machine(self.device)}, PyTorch {torch.__version__}")
+        self.config, self.device, self.itemsize = self.llm.config, self.llm.device, DTYPES[self.llm.dtype].itemsize
+        if self.config.context < 256:
+            raise ValueError(f"{name} has a context of {self.config.context}: the measurements need 256 at least")
+        print(f"{name} in {self.llm.dtype} on {machine(self.device)}, PyTorch {torch.__version__}")
         if ceiling:
-            self.ceiling = measured_ceiling(self.device, self.dtype)
-            peak, bandwidth = self.ceiling
+            self.ceiling = peak, bandwidth = measured_ceiling(self.device, self.llm.dtype)
             print(f"Ceilings as measured: {peak / 1e9:,.0f} GFLOP/s and {bandwidth / 1e9:,.0f} GB/s, a balance of "
                   f"{peak / bandwidth:.0f} operations per byte")
 
-    def engine(self, **options) -> LLM:
-        """Another LLM of the same model. Each prompt is new to it unless prefix_cache is asked for."""
-        return LLM(self.source, self.args.device, self.dtype, **dict(prefix_cache=False, max_seqs=32) | options)
 
-    def prompts(self, B: int, T: int) -> list[list[int]]:
-        return random_prompts(self.config, [T] * B)
-
-    def prefill(self, B: int, T: int, repeats: int = 5) -> float:
-        """Median seconds to the first tokens of B prompts of T tokens."""
-        def run():
-            for out in self.llm.generate(self.prompts(B, T), SamplingParams(max_tokens=1, ignore_eos=True)):
-                if out.error:
-                    raise ValueError(f"{self.name}: {out.error}")
-        return alternate([run], self.device, repeats)[0]
+def random_prompt(c: Config, n: int) -> list[int]:
+    return random.choices(range(c.V), k=n)
 
 
-def random_prompts(c: Config, lens: list[int]) -> list[list[int]]:
-    return [[random.randrange(c.V) for _ in range(n)] for n in lens]
+def generate(llm: LLM, prompts: list[list[int]], new: list[int]):
+    """So many new tokens for each prompt."""
+    outs = llm.generate(prompts, [SamplingParams(max_tokens=n, ignore_eos=True) for n in new])
+    for out, n in zip(outs, new):
+        if out.error:
+            raise ValueError(f"{llm.folder or 'random weights'}: {out.error}")
+        assert len(out.token_ids) == n
+
+
+def prefill_seconds(llm: LLM, B: int, T: int, repeats: int = 5) -> float:
+    """Median seconds to the first tokens of B prompts of T tokens."""
+    prompts = [random_prompt(llm.config, T) for _ in range(B)]
+    return alternate([lambda: generate(llm, prompts, [1] * B)], llm.device, repeats)[0]
 
 
 def decode_seconds(llm: LLM, B: int, context: int, steps: int = 24) -> float:
     """Median seconds of a decode step of B requests that have so many tokens, on average."""
-    for prompt in random_prompts(llm.config, [max(1, context - steps // 2 - 24)] * B):
-        llm.add(prompt, SamplingParams(max_tokens=llm.config.context, ignore_eos=True))
+    for _ in range(B):
+        llm.add(random_prompt(llm.config, max(1, context - steps // 2 - 24)),
+                SamplingParams(max_tokens=llm.config.context, ignore_eos=True))
     while any(request.pending > 1 for request in llm.requests.values()):
         llm.step()
     seconds = [clock(llm.step, llm.device) for _ in range(steps + 24)]
@@ -290,11 +286,9 @@ def decode_seconds(llm: LLM, B: int, context: int, steps: int = 24) -> float:
 def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        names = []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return f"{found[1] if found else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -304,15 +298,12 @@ def phases(args: argparse.Namespace):
     """Prefill and decode: time, operations, bytes, and which of the two limits binds."""
     lab, rows = Lab(args), []
     longest = min(512, lab.config.context - 64)
-    cases = [("prefill", 1, T) for T in (longest // 16, longest // 4, longest)]
-    cases += [("decode", B, longest // 4) for B in (1, 4, 16)]
-    for phase, B, T in cases:
+    cases = [("prefill", prefill_seconds, 1, T, (T, 0)) for T in (longest // 16, longest // 4, longest)]
+    cases += [("decode", decode_seconds, B, longest // 4, (1, longest // 4)) for B in (1, 4, 16)]
+    for phase, measured, B, T, chunk in cases:
         progress(f"{phase}: {B} x {T}")
-        if phase == "prefill":
-            seconds, cost, tokens = lab.prefill(B, T), step_cost(lab.config, [(T, 0)] * B, lab.itemsize), B * T
-        else:
-            seconds, cost, tokens = decode_seconds(lab.llm, B, T), step_cost(lab.config, [(1, T)] * B, lab.itemsize), B
-        rows.append([f"{phase} {B} x {T}", seconds * 1e3, tokens / seconds, cost.flops / 1e6, cost.bytes / 1e6,
+        seconds, cost = measured(lab.llm, B, T), step_cost(lab.config, [chunk] * B, lab.itemsize)
+        rows.append([f"{phase} {B} x {T}", seconds * 1e3, B * chunk[0] / seconds, cost.flops / 1e6, cost.bytes / 1e6,
                      cost.flops / cost.bytes, cost.flops / seconds / lab.ceiling.peak * 100,
                      cost.bytes / seconds / lab.ceiling.bandwidth * 100, lab.ceiling.verdict(cost)])
     gain = rows[2][2] / rows[3][2]
@@ -328,25 +319,22 @@ def batch(args: argparse.Namespace):
     """Decode against batch size, measured and by the roofline: a step reads the weights once for all its requests, so
     it costs little more for several, until their own K and V, or their operations, outweigh the weights."""
     lab, rows, context = Lab(args), [], 128
-    c = lab.config
-    sizes = [1, 2, 4, 8, 16, 32]
+    c, pool, sizes = lab.config, lab.llm.pool, [1, 2, 4, 8, 16, 32]
     for B in sizes:
         progress(f"decode: {B} x {context}")
         seconds = decode_seconds(lab.llm, B, context)
         floor = lab.ceiling.seconds(step_cost(c, [(1, context)] * B, lab.itemsize))
         rows.append([B, seconds * 1e3, B / seconds, 1 / seconds, floor * 1e3, floor / seconds * 100])
     knee = next((row[0] for row in rows if row[1] > 2 * rows[0][1]), None)
-    per_request = kv_bytes(c, lab.itemsize) * c.context
-    room = lab.llm.pool.num_blocks * lab.llm.pool.block_size
+    turn = f"batch {knee} is the first to take more" if knee else f"batch {sizes[-1]} takes less"
     print_table(f"Decode at {context} tokens of context against batch size",
                 ["batch", "ms per step", "tokens/s", "each", "roofline ms", "% of roofline"], rows,
-                f"By the roofline decode turns {crossover(c, lab.ceiling, context, lab.itemsize)}. Measured, a "
-                + (f"step of batch {knee} is the first to take more than twice the time of batch 1. " if knee else
-                   f"step of batch {sizes[-1]} takes less than twice the time of batch 1. ")
-                + "By the roofline a decode's cost is reading the weights once for all; where its measured time grows "
-                "sooner, products of a few rows are slow, or each request's own costs are not small beside them. "
-                f"A request of {c.context} tokens holds {per_request / 1e6:,.1f} MB of K and V, and this pool "
-                f"has room for {room // c.context} of them.", ("batch", "tokens/s", "each"))
+                f"By the roofline decode turns {crossover(c, lab.ceiling, context, lab.itemsize)}. Measured, a step of "
+                f"{turn} than twice the time of batch 1. By the roofline a decode's cost is reading the weights once "
+                "for all; where its measured time grows sooner, products of a few rows are slow, or each request's own "
+                f"costs are not small beside them. A request of {c.context} tokens holds "
+                f"{kv_bytes(c, lab.itemsize) * c.context / 1e6:,.1f} MB of K and V, and this pool has room for "
+                f"{pool.num_blocks * pool.block_size // c.context} of them.", ("batch", "tokens/s", "each"))
 
 
 def crossover(c: Config, ceiling: Ceiling, context: int, itemsize: int) -> str:
@@ -367,7 +355,7 @@ def kv_cache(args: argparse.Namespace):
     before = (0, 0.0, 0.0)
     for T in [n for n in (32, 64, 128, 256, 512, 1024) if n < most] + [most]:
         progress(f"a token at position {T}")
-        now = (T, decode_seconds(lab.llm, 1, T, 12), lab.prefill(1, T, 3))
+        now = (T, decode_seconds(lab.llm, 1, T, 12), prefill_seconds(lab.llm, 1, T, 3))
         total = [s + (now[0] - before[0]) * (now[i] + (before[i] or now[i])) / 2 for i, s in enumerate(total, 1)]
         rows.append([T, now[1] * 1e3, now[2] * 1e3, now[2] / now[1], *total, total[1] / total[0]])
         before = now
@@ -412,32 +400,29 @@ def estimate(args: argparse.Namespace):
     path = Path(name)
     c = config_of(name) if name in SHAPES else read_config(path.parent if path.name == "config.json" else path)
     m = measured_ceiling(torch.device("cpu"), "bfloat16") if args.hardware == "cpu" else HARDWARE[args.hardware]
-    T, weights, head = min(args.context, c.context), layer_weights(c), c.V * c.E
-    P, kv = weights + head, kv_bytes(c, 2)
-    decode, prefill = step_cost(c, [(1, T)], 2), step_cost(c, [(T, 0)], 2)
+    T, weights, kv, G = min(args.context, c.context), layer_weights(c), kv_bytes(c, 2), 1e9
+    P, decode, prefill = weights + c.V * c.E, step_cost(c, [(1, T)], 2), step_cost(c, [(T, 0)], 2)
     tps, ttft = 1 / m.seconds(decode), m.seconds(prefill)
-    balance, G = m.peak / m.bandwidth, 1e9
+    met, size, per_token = f"{P / G:.2f} G", f"{2 * P / G:.2f} GB", f"{kv / 1024:.0f} KiB"   # for later rows
+    read, ops, prompt = f"{decode.bytes / G:.2f}", f"{decode.flops / G:.1f}", f"{prefill.flops / 1e12:.2f} TFLOP"
+    peak, memory = f"{m.peak / 1e12:.1f} TFLOP/s", f"{m.bandwidth / 1e12:.3f} TB/s"
+    step, wait, speed = f"{1e3 / tps:.2f} ms", f"{ttft * 1e3:.1f} ms", f"{T / ttft:,.0f}"
     rows = [
-        ["weights that a token meets", f"{weights / G:.3f} G in layers + V E = {c.V} x {c.E}", f"{P / G:.2f} G"],
-        ["their bytes", f"2 x {P / G:.2f} G", f"{2 * P / G:.2f} GB"],
-        ["K and V per token", f"2 x L K D x 2 = 2 x {c.L} x {c.K} x {c.D} x 2", f"{kv / 1024:.0f} KiB"],
+        ["weights that a token meets", f"{weights / G:.3f} G in layers + V E = {c.V} x {c.E}", met],
+        ["their bytes", f"2 x {met}", size],
+        ["K and V per token", f"2 x L K D x 2 = 2 x {c.L} x {c.K} x {c.D} x 2", per_token],
         ["the same without GQA", f"2 x L H D x 2 = 2 x {c.L} x {c.H} x {c.D} x 2", f"{kv * c.H // c.K / 1024:.0f} KiB"],
-        [f"bytes of a decode step at {T}", f"{2 * P / G:.2f} GB + {T} x {kv / 1024:.0f} KiB",
-         f"{decode.bytes / G:.2f} GB"],
-        ["its operations", f"2 x {P / G:.2f} G + 4 L H D x {T}", f"{decode.flops / G:.1f} GFLOP"],
-        ["its intensity", f"{decode.flops / G:.1f} / {decode.bytes / G:.2f}",
-         f"{decode.flops / decode.bytes:.2f} FLOP/B"],
-        [f"balance of {args.hardware}", f"{m.peak / 1e12:.1f} TFLOP/s / {m.bandwidth / 1e12:.3f} TB/s",
-         f"{balance:.0f} FLOP/B"],
-        ["its least time", f"{decode.bytes / G:.2f} GB / {m.bandwidth / 1e12:.3f} TB/s" if m.verdict(decode) == "memory"
-         else f"{decode.flops / G:.1f} GFLOP / {m.peak / 1e12:.1f} TFLOP/s", f"{1e3 / tps:.2f} ms"],
-        ["bound on TPS at batch 1", f"1 / {1e3 / tps:.2f} ms", f"{tps:.0f} tokens/s"],
-        [f"operations of a prompt of {T}", f"2 x {weights / G:.2f} G x {T} + 2 V E + 2 L H D x {T} x {T + 1}",
-         f"{prefill.flops / 1e12:.2f} TFLOP"],
-        ["bound on its TTFT", f"{prefill.flops / 1e12:.2f} TFLOP / {m.peak / 1e12:.1f} TFLOP/s" if m.verdict(prefill) ==
-         "compute" else f"{prefill.bytes / G:.2f} GB / {m.bandwidth / 1e12:.3f} TB/s", f"{ttft * 1e3:.1f} ms"],
-        ["prefill tokens/s", f"{T} / {ttft * 1e3:.1f} ms", f"{T / ttft:,.0f}"],
-        ["prefill over decode, per token", f"{T / ttft:,.0f} / {tps:.0f}", f"{T / ttft / tps:.0f} times"],
+        [f"bytes of a decode step at {T}", f"{size} + {T} x {per_token}", f"{read} GB"],
+        ["its operations", f"2 x {met} + 4 L H D x {T}", f"{ops} GFLOP"],
+        ["its intensity", f"{ops} / {read}", f"{decode.flops / decode.bytes:.2f} FLOP/B"],
+        [f"balance of {args.hardware}", f"{peak} / {memory}", f"{m.peak / m.bandwidth:.0f} FLOP/B"],
+        ["its least time", f"{read} GB / {memory}" if m.verdict(decode) == "memory" else f"{ops} GFLOP / {peak}", step],
+        ["bound on TPS at batch 1", f"1 / {step}", f"{tps:.0f} tokens/s"],
+        [f"operations of a prompt of {T}", f"2 x {weights / G:.2f} G x {T} + 2 V E + 2 L H D x {T} x {T + 1}", prompt],
+        ["bound on its TTFT", f"{prompt} / {peak}" if m.verdict(prefill) == "compute" else
+         f"{prefill.bytes / G:.2f} GB / {memory}", wait],
+        ["prefill tokens/s", f"{T} / {wait}", speed],
+        ["prefill over decode, per token", f"{speed} / {tps:.0f}", f"{T / ttft / tps:.0f} times"],
     ]
     print_table(f"{name} in bfloat16 on {args.hardware}, {T} tokens of context, on paper",
                 ["", "formula", "value"], rows,
@@ -447,39 +432,36 @@ def estimate(args: argparse.Namespace):
 
 
 def play(llm: LLM, requests: list[tuple[float, list[int], int]], group: int = 0) -> dict[str, list[float]]:
-    """Send (arrival in seconds, prompt, new tokens) at their times and note when each token appears.
+    """Send (arrival in seconds, prompt, new tokens), which are in order, and note when each token appears.
 
     group: static batching, that many requests together and the next ones when all of these have finished.
     """
-    waiting, arrival, last = sorted(requests, key=lambda request: request[0]), {}, {}
-    seen, begin = {"tokens/s": [], "ttft": [], "gap": []}, time.perf_counter()
+    waiting, last, begin = list(requests), {}, time.perf_counter()   # last: of a request's arrival and its tokens
+    seen = {"tokens/s": [], "ttft": [], "gap": []}
     while waiting or llm.requests:
-        now, free = time.perf_counter() - begin, group or len(waiting)
-        if group and llm.requests:
-            free = 0
-        while free and waiting and waiting[0][0] <= now:
-            start, prompt, new = waiting.pop(0)
-            arrival[llm.add(prompt, SamplingParams(max_tokens=new, ignore_eos=True))] = start
-            free -= 1
+        now = time.perf_counter() - begin
+        there = [] if group and llm.requests else [request for request in waiting if request[0] <= now][:group or None]
+        for start, prompt, new in there:
+            last[llm.add(prompt, SamplingParams(max_tokens=new, ignore_eos=True))] = start
+        del waiting[:len(there)]
         if not llm.requests:
             time.sleep(max(0.0, waiting[0][0] - now))
-            continue
         for out in llm.step():
             now = time.perf_counter() - begin
-            seen["gap" if out.id in last else "ttft"].append(now - last.get(out.id, arrival[out.id]))
+            seen["gap" if len(out.token_ids) > 1 else "ttft"].append(now - last[out.id])
             last[out.id] = now
     seen["tokens/s"].append(sum(new for _, _, new in requests) / max(last.values()))
     return seen
 
 
-def compare(title: str, contestants: dict, make, note: str, repeats: int = 3):
+def compare(title: str, contestants: dict, make, note: str):
     """A row per contestant (an LLM and its group) on the requests that `make` gives, played in turns; the first turn is
     not counted."""
     found = {name: {} for name in contestants}
-    for turn in range(repeats + 1):
+    for turn in range(4):
         requests = make()
         for name, (llm, group) in contestants.items():
-            progress(f"{title}: {name}, {turn + 1} of {repeats + 1}")
+            progress(f"{title}: {name}, {turn + 1} of 4")
             for key, values in play(llm, requests, group).items():
                 found[name].setdefault(key, []).extend(values if turn else [])
     rows = []
@@ -493,13 +475,12 @@ def compare(title: str, contestants: dict, make, note: str, repeats: int = 3):
 def serve(args: argparse.Namespace):
     """The same requests, served in different ways."""
     lab, dice = Lab(args, ceiling=False), random.Random(0)
-    context = lab.config.context
+    context, prompt = lab.config.context, partial(random_prompt, lab.config)
 
     def crowd(gap: float = 0.0):
         """32 requests, prompts of 8 to 64 tokens, answers of 4 to 128, most of them short."""
         at = itertools.accumulate(dice.expovariate(1 / gap) if gap else 0.0 for _ in range(32))
-        return [(start, *lab.prompts(1, dice.randint(8, 64)), min(128, 4 + int(dice.expovariate(1 / 32))))
-                for start in at]
+        return [(start, prompt(dice.randint(8, 64)), min(128, 4 + int(dice.expovariate(1 / 32)))) for start in at]
 
     eight = lab.engine(max_seqs=8)
     ways = {"static": (eight, 8), "continuous": (eight, 0)}
@@ -512,12 +493,12 @@ def serve(args: argparse.Namespace):
 
     few = {f"chunks of {n}": (lab.engine(max_batched_tokens=n), 0) for n in (min(64, (context - 200) // 4), context)}
     compare(f"A prompt of {context - 200} tokens arrives among six that are decoding", few,
-            lambda: [(0.0, prompt, 100) for prompt in lab.prompts(6, 16)] + [(0.05, *lab.prompts(1, context - 200), 8)],
+            lambda: [(0.0, prompt(16), 100) for _ in range(6)] + [(0.05, prompt(context - 200), 8)],
             "In one piece, the long prompt stops everybody for as long as it takes; in chunks, it takes turns.")
 
     def shared():
-        start = lab.prompts(1, context // 2)[0]
-        return [(0.0, start + prompt, 16) for prompt in lab.prompts(12, 16)]
+        start = prompt(context // 2)
+        return [(0.0, start + prompt(16), 16) for _ in range(12)]
     compare(f"Twelve requests that begin with the same {context // 2} tokens", {
         f"prefix cache {'on' if on else 'off'}": (lab.engine(prefix_cache=on, max_seqs=4), 0) for on in (True, False)},
             shared, "With the cache, whoever comes after the first computes only what is new.")
@@ -530,41 +511,23 @@ def serve(args: argparse.Namespace):
 
 def loop_seconds(llm: LLM, B: int) -> tuple[float, float, float]:
     """Median seconds of a decode step, and of the model and of choosing tokens in it."""
-    spent = {"model": [], "choose": []}
-    insides = {"model": (llm, llm.model), "choose": (nanoserve, nanoserve.choose)}
+    model, choosing = [], []
 
-    def timed(name, function):
+    def timed(function, seconds: list[float]):
         def call(*arguments):
             begin = time.perf_counter()
             result = function(*arguments)
-            spent[name].append(time.perf_counter() - begin)
+            seconds.append(time.perf_counter() - begin)
             return result
         return call
-    for name, (owner, function) in insides.items():
-        setattr(owner, name, timed(name, function))
-    for _ in range(B):
-        llm.add([1] * 8, SamplingParams(max_tokens=200, ignore_eos=True))
-    whole = []
-    while llm.requests:
-        whole.append(clock(llm.step, llm.device))
-    for name, (owner, function) in insides.items():
-        setattr(owner, name, function)
-    return tuple(statistics.median(seconds[40:]) for seconds in (whole, *spent.values()))
+    with (patch.object(llm, "model", timed(llm.model, model)),
+          patch.object(nanoserve, "choose", timed(nanoserve.choose, choosing))):
+        whole = decode_seconds(llm, B, 128, 160)
+    return whole, statistics.median(model[40:]), statistics.median(choosing[40:])
 
 
 # ---------------------------------------------------------------------------------------------
 # A CPU, beside transformers
-
-class Ours:
-    """nanoserve, for token ids: so many new tokens for each prompt."""
-
-    def __init__(self, model: Config | Path, dtype: str):
-        self.llm = LLM(model, "cpu", dtype, prefix_cache=False, max_seqs=32, num_blocks=1024)
-
-    def __call__(self, prompts: list[list[int]], new: list[int]):
-        outs = self.llm.generate(prompts, [SamplingParams(max_tokens=n, ignore_eos=True) for n in new])
-        assert [len(out.token_ids) for out in outs] == new, [out.error for out in outs]
-
 
 @cache
 def transformers():
@@ -594,30 +557,39 @@ class Theirs:
         with self.model.continuous_batching_context_manager(generation_config=self.options) as manager:
             for prompt, n in zip(prompts, new):
                 manager.add_request(prompt, max_new_tokens=n)
-            outs = []
-            while len(outs) < len(prompts):
-                result = manager.get_result(timeout=1)
-                outs += [result] if result and result.is_finished() else []
+            outs = list(itertools.islice(manager, len(prompts)))   # each as it is finished
         assert sorted(len(out.generated_tokens) for out in outs) == sorted(new), [out.error for out in outs]
 
 
-def both(shape: str, dtype: str) -> list:
-    """Ours, and theirs if it is installed, with the same random weights."""
-    if not transformers():
-        return [Ours(config_of(shape), dtype)]
+def both(name: str, dtype: str) -> tuple[LLM, list]:
+    """nanoserve on the CPU, with random weights of a shape or with the demo's; and a list of what writes so many new
+    tokens for each prompt: it, and transformers with the same weights where that is installed."""
     with tempfile.TemporaryDirectory() as folder:
-        config = transformers().AutoConfig.for_model(**SHAPES[shape])
-        transformers().AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).save_pretrained(folder)
-        return [Ours(Path(folder), dtype), Theirs(Path(folder), dtype)]
+        source = config_of(name) if name in SHAPES else DEMO
+        if transformers() and name in SHAPES:
+            source, config = Path(folder), transformers().AutoConfig.for_model(**SHAPES[name])
+            transformers().AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).save_pretrained(source)
+        llm = LLM(source, "cpu", dtype, prefix_cache=False, max_seqs=32, num_blocks=1024)
+        return llm, [partial(generate, llm)] + ([Theirs(source, llm.dtype)] if transformers() else [])
 
 
-def tokens_per_second(systems: list, prompts: list[list[int]], new: list[int], decode: bool, repeats: int = 3):
-    """Of each system, in turns: of decode, that is less the time for a first token, or of the whole."""
-    calls = [lambda s=s, n=n: s(prompts, n) for s in systems for n in ([new, [1] * len(new)] if decode else [new])]
-    seconds = alternate(calls, torch.device("cpu"), repeats)
-    if decode:
-        return [(sum(new) - len(new)) / (whole - first) for whole, first in zip(seconds[::2], seconds[1::2])]
-    return [sum(new) / s for s in seconds]
+def speeds(llm: LLM, systems: list, case: str, lens: list[int], new: list[int], ceiling: Ceiling) -> list:
+    """Ours in tokens per second, what of the ceiling it reaches, theirs, and the ratio."""
+    prompts, decode = [random_prompt(llm.config, n) for n in lens], case.startswith("decode")
+    runs = [new, [1] * len(new)] if decode else [new]
+    seconds = alternate([partial(system, prompts, run) for system in systems for run in runs], llm.device,
+                        1 if "mixed" in case else 3)
+    tokens, reached = sum(new), ["-", "-"]
+    if decode:   # less the time for first tokens
+        seconds, tokens = [a - b for a, b in zip(seconds[::2], seconds[1::2])], tokens - len(new)
+        step = step_cost(llm.config, [(1, n + m // 2) for n, m in zip(lens, new)], DTYPES[llm.dtype].itemsize)
+        moved = step.bytes * (new[0] - 1) / seconds[0]
+        reached = [f"{moved / 1e9:.0f} GB/s", moved / ceiling.bandwidth * 100]
+    elif case.startswith("prefill"):   # quoted by the prompt's tokens
+        tokens, flops = lens[0], step_cost(llm.config, [(lens[0], 0)], 1).flops / seconds[0]
+        reached = [f"{flops / 1e9:.0f} GFLOP/s", flops / ceiling.peak * 100]
+    theirs = [round(tokens / seconds[1]), seconds[1] / seconds[0]] if len(systems) > 1 else ["-", "-"]
+    return [round(tokens / seconds[0]), *reached, *theirs]
 
 
 def cpu(args: argparse.Namespace):
@@ -629,37 +601,17 @@ def cpu(args: argparse.Namespace):
     print(f"{machine(device)}, PyTorch {torch.__version__}, transformers "
           f"{theirs.__version__ if theirs else 'not installed'}\nCeilings as measured: {bandwidth / 1e9:.0f} GB/s; "
           + ", ".join(f"{ceiling.peak / 1e9:.0f} GFLOP/s in {dtype}" for dtype, ceiling in ceilings.items()))
+    three = [("prefill 512", [512], [1]), ("decode, batch 1", [32], [33]), ("decode, batch 16", [32] * 16, [33] * 16)]
+    mixed = ("32 mixed requests", random.choices(range(8, 129), k=32), random.choices(range(8, 97), k=32))
+    cases = {"gpt2": three, "llama-135m": [*three, mixed], "demo/llama": [("decode, batch 1", [8], [201])]}
     rows = []
-
-    def row(name, c, systems, lens, new, dtype, decode=True, repeats=3):
-        progress(name)
-        prompts, one = random_prompts(c, lens), len(lens) == 1 and not decode
-        rates = tokens_per_second(systems, prompts, new, decode, repeats)
-        rates = [rate * (lens[0] if one else 1) for rate in rates]    # a prefill is quoted by the prompt's tokens
-        chunks = [(lens[0], 0)] if one else [(1, n + m // 2) for n, m in zip(lens, new)]
-        cost = step_cost(c, chunks, DTYPES[dtype].itemsize)
-        steps = rates[0] / (lens[0] if one else len(lens))
-        reached = ["-", "-"]
-        if one:
-            flops = steps * cost.flops
-            reached = [f"{flops / 1e9:.0f} GFLOP/s", flops / ceilings[dtype].peak * 100]
-        elif decode:
-            reached = [f"{steps * cost.bytes / 1e9:.0f} GB/s", steps * cost.bytes / bandwidth * 100]
-        compared = [round(rates[1]), rates[0] / rates[1]] if theirs else ["-", "-"]
-        rows.append([name, round(rates[0]), *reached, *compared])
-
-    for shape, dtype in itertools.product(("gpt2", "llama-135m"), ("float32", "bfloat16")):
-        progress(f"making {shape}")
-        c, systems, name = config_of(shape), both(shape, dtype), f"{shape} {dtype}"
-        row(f"{name}: prefill 512", c, systems, [512], [1], dtype, decode=False)
-        row(f"{name}: decode, batch 1", c, systems, [32], [33], dtype)
-        row(f"{name}: decode, batch 16", c, systems, [32] * 16, [33] * 16, dtype)
-        if shape == "llama-135m":
-            lens, new = [[random.randint(8, most) for _ in range(32)] for most in (128, 96)]
-            row(f"{name}: 32 mixed requests", c, systems, lens, new, dtype, decode=False, repeats=1)
-    ours = Ours(DEMO, "auto")
-    row(f"demo/llama {ours.llm.dtype}: decode, batch 1", ours.llm.config,
-        [ours] + ([Theirs(DEMO, ours.llm.dtype)] if theirs else []), [8], [201], ours.llm.dtype)
+    for name, dtype in [*itertools.product(("gpt2", "llama-135m"), ceilings), ("demo/llama", "auto")]:
+        progress(f"making {name}")
+        llm, systems = both(name, dtype)
+        for case in cases[name]:
+            row = f"{name} {llm.dtype}: {case[0]}"
+            progress(row)
+            rows.append([row, *speeds(llm, systems, *case, Ceiling(ceilings[llm.dtype].peak, bandwidth))])
     print_table("Tokens per second, random weights",
                 ["", "nanoserve", "reached", "% of ceiling", "transformers", "ratio"], rows,
                 "Decode reads every weight once per step and is held against the memory's bandwidth; prefill "
@@ -676,7 +628,7 @@ def cpu(args: argparse.Namespace):
         rows.append([dtype, *(x * 1000 for x in (seconds[128], seconds[4096], extra, floor)), extra / floor])
     print_table("What a long context adds to a decode step of llama-135m",
                 ["", "ms at 128", "ms at 4096", "extra ms", "its bytes / bandwidth, ms", "ratio"], rows)
-    step, model, _ = loop_seconds(ours.llm, 1)
+    step, model, _ = loop_seconds(LLM(DEMO, "cpu"), 1)
     print(f"\nA decode step of demo/llama takes {step * 1e6:.0f} us, of which {(step - model) * 1e6:.0f} are not the "
           "model:\ndeciding who runs, building the batch, choosing the token, keeping the books.")
 
@@ -692,36 +644,27 @@ UNITS = {"wgmma": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}   # the 
 def compile_launches(launch, capability: int) -> list[dict]:
     """Run `launch` on tensors of the CPU, but compile each Triton kernel for sm_<capability> instead of running it."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import JITFunction, mangle_type
-    found = []
+    from triton.runtime import JITFunction, driver
+    run, found = JITFunction.run, []
 
     def compile_instead(kernel, *args, grid, warmup, **options):
-        launch_options = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
-        values = dict(zip(kernel.arg_names, args)) | options
-        constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
-        signature = {p.name: "constexpr" if p.is_constexpr else mangle_type(values[p.name]) for p in kernel.params}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params)   # as a real launch would find
-                   if not p.is_constexpr and (torch.is_tensor(values[p.name]) or values[p.name] % 16 == 0)}
-        source, target = ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", capability, 32)
-        binary = kernels.triton.compile(source, target, launch_options)
+        binary = run(kernel, *args, grid=grid, warmup=True, **options)
         registers, spills = resources(binary.asm["cubin"])
         warps, shared = binary.metadata.num_warps, binary.metadata.shared
         programs = min(REGISTERS // (32 * warps * -(-registers // 8) * 8), WARPS // warps,
                        SHARED[capability] // (shared + 1024))
-        found.append(dict(
+        found.append(dict(   # the columns of the table, in their order
             kernel=kernel.__name__.strip("_").removesuffix("_kernel"), gpu=f"sm_{capability}",
-            tile=f"{constants['ROWS']} x {constants['TILE']}" if "TILE" in constants else "-",
-            warps=warps, stages=binary.metadata.num_stages, registers=registers, spills=spills, shared=shared / 1024,
+            tile=f"{options['ROWS']} x {options['TILE']}" if "TILE" in options else "-",
+            warps=warps, stages=binary.metadata.num_stages, regs=registers, spills=spills, KiB=f"{shared / 1024:.0f}",
             units=next((name for word, name in UNITS.items() if word in binary.asm["ptx"]), "-"),
-            programs=programs, occupancy=programs * warps / WARPS))
+            programs=programs, occupancy=f"{programs * warps / WARPS:.0%}"))
 
-    run, JITFunction.run = JITFunction.run, compile_instead
-    pretend, kernels.capability_of = kernels.capability_of, lambda device: capability
-    try:
+    gpu = SimpleNamespace(get_current_device=lambda: capability, get_current_stream=lambda device: None,
+                          get_current_target=lambda: GPUTarget("cuda", capability, 32))
+    with (patch.object(JITFunction, "run", compile_instead), patch.object(driver, "_active", gpu),
+          patch.object(kernels, "capability_of", lambda device: capability)):
         launch()
-    finally:
-        JITFunction.run, kernels.capability_of = run, pretend
     return found
 
 
@@ -739,20 +682,17 @@ def resources(cubin: bytes) -> tuple[int, int]:
 def launch_all(D: int, dtype: torch.dtype = torch.bfloat16, S: int = 64, H: int = 32, K: int = 8,
                window: int | None = None, slopes_H: torch.Tensor | None = None):
     """One launch of every kernel."""
-    pool_KNSD, q_THD = torch.empty(K, 16, S, D, dtype=dtype), torch.empty(81, H, D, dtype=dtype)
-    batch = make_batch([Chunk([0], 99, list(range(7))), Chunk([0] * 80, 0, list(range(7, 14)))], S)
-    kernels.write_kv_triton(q_THD[:, :K], q_THD[:, :K], pool_KNSD, pool_KNSD, batch.slots_T)
-    kernels.attention_triton(q_THD, pool_KNSD, pool_KNSD, batch, D ** -0.5, window, slopes_H)
+    q, k, v, batch, scale = paged_inputs([(1, 99), (80, 0)], H, K, D, S, dtype)
+    kernels.write_kv_triton(q[:, :K], q[:, :K], k, v, batch.slots_T)
+    kernels.attention_triton(q, k, v, batch, scale, window, slopes_H)
 
 
 def show_compiled():
     rows = []
-    for D in (64, 128, 256):
-        for capability in SHARED:
-            progress(f"compiling for sm_{capability}, head size {D}")
-            for c in compile_launches(lambda: launch_all(D), capability):
-                rows.append([f"{c['kernel']}, D = {D}", c["gpu"], c["tile"], c["warps"], c["stages"], c["registers"],
-                             c["spills"], f"{c['shared']:.0f}", c["units"], c["programs"], f"{c['occupancy']:.0%}"])
+    for D, capability in itertools.product((64, 128, 256), SHARED):
+        progress(f"compiling for sm_{capability}, head size {D}")
+        for c in compile_launches(lambda: launch_all(D), capability):
+            rows.append([f"{c.pop('kernel')}, D = {D}", *c.values()])
     rows.sort(key=lambda row: row[0].split(",")[0])
     print_table("The kernels as compiled for bfloat16, 32 query and 8 KV heads, blocks of 64 tokens",
                 ["kernel", "GPU", "tile", "warps", "stages", "regs", "spills", "KiB", "units", "per SM", "occupied"],
@@ -766,12 +706,11 @@ def show_compiled():
 # With a GPU: check, then time
 
 def paged_inputs(lens: list[tuple[int, int]], H: int, K: int, D: int, S: int, dtype: torch.dtype,
-                 device: torch.device) -> tuple:
+                 device: torch.device | str = "cpu") -> tuple:
     """q, K and V pools with shuffled blocks, and the batch, for requests of (query tokens, past)."""
     need = [-(-(n + past) // S) for n, past in lens]
-    blocks = torch.randperm(sum(need)).tolist()
-    chunks = [Chunk([0] * n, past, [blocks.pop() for _ in range(b)]) for (n, past), b in zip(lens, need)]
-    batch = make_batch(chunks, S, device)
+    tables = torch.randperm(sum(need)).split(need)
+    batch = make_batch([Chunk([0] * n, past, t.tolist()) for (n, past), t in zip(lens, tables)], S, device)
     q = torch.randn(sum(n for n, _ in lens), H, D, device=device, dtype=dtype)
     k, v = (torch.randn(K, sum(need), S, D, device=device, dtype=dtype) for _ in "kv")
     return q, k, v, batch, D ** -0.5
@@ -900,18 +839,16 @@ def show_measured():
 
 def kernels_command(args: argparse.Namespace):
     """The attention kernels: compiled for GPUs that are not here, or checked and timed on the one that is."""
+    gpu = torch.cuda.is_available()
+    if not gpu:   # the compiler instead of the interpreter, which must be chosen before the import
+        os.environ["TRITON_INTERPRET"] = "0"
     triton = kernels.load_triton()
     if triton is None:
         raise ValueError("the kernels need the triton package, which is not installed: "
                          "pip install -r requirements.txt on Linux")
-    if torch.cuda.is_available():
-        print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}")
-        show_measured()
-    elif kernels.INTERPRETED:   # the compiler instead of the interpreter, which must be chosen before the import
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "0"})
-    else:
-        print(f"No GPU here: PyTorch {torch.__version__}, Triton {triton.__version__}")
-        show_compiled()
+    place = f"{torch.cuda.get_device_name()}," if gpu else "No GPU here:"
+    print(f"{place} PyTorch {torch.__version__}, Triton {triton.__version__}")
+    (show_measured if gpu else show_compiled)()
 
 
 COMMANDS = {"phases": phases, "batch": batch, "cache": kv_cache, "traffic": traffic, "estimate": estimate,
