@@ -103,31 +103,28 @@ class Timeline:
 
     def text(self, width: int) -> str:
         """The chart, cut into bands of so many characters. Steps in which the same goes on share a column."""
-        parts, outs = [], [out for out, _ in self.rows_in_order()]
-        for signs, steps in groupby(range(len(self.pool)), lambda step: tuple(self.sign(out, step) for out in outs)):
-            steps = list(steps)
-            runs = [steps] if set(signs) <= {"", "·", "━"} else [[step] for step in steps]
-            for run in runs:
-                head = f"{run[0] + 1}" if len(run) == 1 else f"{run[0] + 1}-{run[-1] + 1}"
-                parts.append([head, *signs, *map(str, self.pool[run[-1]])])
+        outs = [out for out, _ in self.rows_in_order()]
+        signs = [[self.sign(out, step) for out in outs] for step in range(len(self.pool))]
         names = ["step", *map(self.texts.get, outs), "blocks in use", "cached", "free"]
-        margin, bands, used = max(map(columns, names)), [[]], 0
-        for column in parts:
+        margin = used = max(map(columns, names))
+        bands, lines = [[]], []
+        for _, group in groupby(range(len(signs)), lambda step: signs[step] if {*signs[step]} <= {"", "·", "━"} else step):
+            steps = list(group)
+            column = [span(steps[0] + 1, steps[-1] + 1), *signs[steps[0]], *map(str, self.pool[steps[-1]])]
             size = max(map(len, column))
-            if used + size + 2 > width - margin and bands[-1]:
+            if used + 2 + size > width and bands[-1]:
                 bands.append([])
-                used = 0
-            bands[-1].append([sign * size if sign in ("━", "·") else sign.rjust(size) for sign in column])
-            used += size + 2
-        lines = []
+                used = margin
+            bands[-1].append(["  " + (sign * size if sign in ("━", "·") else sign.rjust(size)) for sign in column])
+            used += 2 + size
         for band in bands:
-            cells = ["".join("  " + column[i] for column in band) for i in range(len(names))]
-            rows = [name + " " * (margin - columns(name)) + row for name, row in zip(names, cells)]
-            kept = [row for row, cell in zip(rows[1:-3], cells[1:-3]) if cell.strip()]
-            lines += [rows[0], *kept, *rows[-3:], ""]
+            for name, cells in zip(names, zip(*band)):
+                if row := "".join(cells).rstrip():   # whoever is not there has none
+                    lines.append(name + " " * (margin - columns(name)) + row)
+            lines.append("")
         legend = ", ".join(f"{sign} {meaning}" for sign, _, meaning in KINDS.values())
         legend = textwrap.wrap(f"{legend}; blocks: in the column's last step", width)
-        return "\n".join(line.rstrip() for line in [*lines, *legend])
+        return "\n".join([*lines, *legend])
 
     def svg(self) -> str:
         """The chart as a picture: steps with a prefill are wide enough for its number of tokens."""
