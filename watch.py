@@ -13,8 +13,10 @@ from __future__ import annotations
 import shutil
 import textwrap
 import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator
 from html import escape
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,12 +27,13 @@ from kernels import Chunk, make_batch
 from model import DTYPES
 
 if TYPE_CHECKING:   # `python nanoserve.py` is not the module nanoserve: importing it would load it twice
-    from nanoserve import LLM, Output, Request
+    from nanoserve import LLM, Request
 
 KINDS = {   # of what may happen to a request in a step: its sign in a terminal, its colour, what it means
     "waiting": ("·", "#dddddd", "waiting"), "preempted": ("!", "#d62728", "preempted"),
     "prefill": ("8", "#1f77b4", "prefill of 8 tokens"), "hit": ("48+8", "#ffbf00", "after 48 found computed"),
     "decode": ("━", "#7fc97f", "decode"), "end": ("■", "#333333", "last token"), "lost": ("x", "#d62728", "cut short")}
+ENDS = {"stop": "end", "length": "end", "error": "lost", "abort": "lost"}   # finish_reason -> kind
 
 
 class Cell(NamedTuple):
@@ -39,6 +42,11 @@ class Cell(NamedTuple):
     tokens: int = 0     # run in this step
     found: int = 0      # not run, as their K and V were there: prefix hit
 
+    @property
+    def sign(self) -> str:
+        prefill = f"{self.found}+{self.tokens}" if self.found else f"{self.tokens}"
+        return prefill if self.kind == "prefill" else KINDS[self.kind][0]
+
 
 class Timeline:
     """A row per request and a column per step, and under them the pool."""
@@ -46,71 +54,54 @@ class Timeline:
     def __init__(self, llm: LLM, file: str = ""):
         """file: where `show` draws it; "": it prints it."""
         self.llm, self.file = llm, file
-        self.rows, self.pool, self.texts = {}, [], {}    # rows: Output -> its cells by step
-        self.computed = {}                               # Output -> tokens with K and V after its last step
+        self.rows = defaultdict(dict)   # Request -> its cells by step
+        self.pool = []                  # blocks in use, cached and free, by step
+        self.computed = {}              # Request -> tokens with K and V after its last step
         llm.watchers.append(self.record)
 
     def record(self, plan: list[tuple[Request, Chunk]], takers: list[Request], tokens: list[int], logits_BV: Tensor):
-        step, scheduler = len(self.pool), self.llm.scheduler
-        cells = {request: Cell("waiting") for request in (*scheduler.running, *scheduler.waiting)}
+        scheduler, pool = self.llm.scheduler, self.llm.pool
+        cells = dict.fromkeys([*scheduler.running, *scheduler.waiting], Cell("waiting"))
         for request in scheduler.waiting:
-            if self.computed.pop(request.output, 0):
+            if self.computed.pop(request, 0):
                 cells[request] = Cell("preempted")
+        cells |= dict.fromkeys(takers, Cell("decode"))   # whose chunk is another's; who has one comes next
         for request, chunk in plan:
             decode = len(chunk.tokens) == 1 and request.output.token_ids
-            found = chunk.start if chunk.start != self.computed.get(request.output, 0) else 0
+            found = chunk.start if chunk.start != self.computed.get(request, 0) else 0
             cells[request] = Cell("decode" if decode else "prefill", len(chunk.tokens), found)
             for sample in request.samples:   # the others begin where this one's prompt ends
-                self.computed[sample.output] = chunk.start + len(chunk.tokens)
-        for request in takers:
-            cells.setdefault(request, Cell("decode"))
+                self.computed[sample] = chunk.start + len(chunk.tokens)
         for request, cell in cells.items():
-            self.row(request)[step] = cell
-        stats = self.llm.stats()
-        self.pool.append((stats["blocks_referenced"], stats["blocks_cached"], stats["blocks_free"]))
+            self.rows[request][len(self.pool)] = cell
+        self.pool.append((pool.num_referenced, len(pool.cached), len(pool.free)))
 
-    def row(self, request: Request) -> dict[int, Cell]:
-        out = request.output
-        if out not in self.rows:
-            prompt, tokenizer = request.tokens[:min(12, out.prompt_tokens)], self.llm.tokenizer
+    def requests(self) -> Iterator[tuple[str, dict[int, Cell], str | None]]:
+        """In order, of each: id and beginning of its prompt, its cells, and why it has ended."""
+        for request, cells in sorted(self.rows.items(), key=lambda row: row[0].output.id):
+            out, tokenizer = request.output, self.llm.tokenizer
+            prompt = request.tokens[:min(12, out.prompt_tokens)]
             text = tokenizer.decode(prompt, True) if tokenizer else " ".join(map(str, prompt))
             text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
             while columns(text) > 16:
                 text = text[:-1]
-            self.rows[out], self.texts[out] = {}, f"{out.id} {text}"
-        return self.rows[out]
-
-    def rows_in_order(self) -> list[tuple[Output, dict[int, Cell]]]:
-        return sorted(self.rows.items(), key=lambda row: row[0].id)
-
-    def ended(self, out: Output, step: int) -> str:
-        """"end" or "lost" if this was the request's last step."""
-        last = step == next(reversed(self.rows[out])) and out.finish_reason
-        return ("end" if out.finish_reason in ("stop", "length") else "lost") if last else ""
-
-    @staticmethod
-    def tokens(cell: Cell) -> str:
-        return f"{cell.found}+" * (cell.found > 0) + str(cell.tokens) if cell.kind == "prefill" else ""
-
-    def sign(self, out: Output, step: int) -> str:
-        """What a terminal shows."""
-        cell = self.rows[out].get(step)
-        if not cell:
-            return ""
-        sign = self.tokens(cell) or KINDS[cell.kind][0]
-        ended = self.ended(out, step)
-        return KINDS[ended][0] if ended and sign == "━" else sign + (KINDS[ended][0] if ended else "")
+            yield f"{out.id} {text}", cells, out.finish_reason
 
     def text(self, width: int) -> str:
         """The chart, cut into bands of so many characters. Steps in which the same goes on share a column."""
-        outs = [out for out, _ in self.rows_in_order()]
-        signs = [[self.sign(out, step) for out in outs] for step in range(len(self.pool))]
-        names = ["step", *map(self.texts.get, outs), "blocks in use", "cached", "free"]
+        rows = {}
+        for name, cells, reason in self.requests():
+            rows[name] = {step: cell.sign for step, cell in cells.items()}
+            if reason:
+                rows[name][max(cells)] = cells[max(cells)].sign.removesuffix("━") + KINDS[ENDS[reason]][0]
+        signs = [[row.get(step, "") for row in rows.values()] for step in range(len(self.pool))]
+        names = ["step", *rows, "blocks in use", "cached", "free"]
         margin = used = max(map(columns, names))
         bands, lines = [[]], []
-        for _, group in groupby(range(len(signs)), lambda step: signs[step] if {*signs[step]} <= {"", "·", "━"} else step):
-            steps = list(group)
-            column = [span(steps[0] + 1, steps[-1] + 1), *signs[steps[0]], *map(str, self.pool[steps[-1]])]
+        kinds = [column if {*column} <= {"", "·", "━"} else step for step, column in enumerate(signs)]
+        for _, (first, *others) in groupby(range(len(signs)), kinds.__getitem__):
+            last = first + len(others)
+            column = [span(first + 1, last + 1), *signs[first], *map(str, self.pool[last])]
             size = max(map(len, column))
             if used + 2 + size > width and bands[-1]:
                 bands.append([])
@@ -128,38 +119,36 @@ class Timeline:
 
     def svg(self) -> str:
         """The chart as a picture: steps with a prefill are wide enough for its number of tokens."""
-        H, left, steps = 20, 150, range(len(self.pool))
-        busy = [any(step in row and row[step].kind == "prefill" for row in self.rows.values()) for step in steps]
-        thin = max(2.0, min(16.0, 1000 / max(1, len(busy))))
-        xs = [left]
-        for wide in busy:
-            xs.append(xs[-1] + (46 if wide else thin))
-        parts, y = [], H
+        H, left, height, total, y, parts = 20, 150, 60, self.llm.pool.num_blocks, 20, []
+        busy = {step for cells in self.rows.values() for step, cell in cells.items() if cell.kind == "prefill"}
+        thin = max(2.0, min(16.0, 1000 / max(1, len(self.pool))))
+        widths = [46 if step in busy else thin for step in range(len(self.pool))]
+        *xs, right = accumulate(widths, initial=left)
 
-        def box(x, y, width, height, kind, title="", label=""):
+        def box(x, y, width, height, kind, title=""):
             parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
                          f'fill="{KINDS[kind][1]}"><title>{escape(title)}</title></rect>')
-            if label:
-                text(x + width / 2, y + height - 3, label, "middle", "white")
 
         def text(x, y, label, anchor="start", fill="black"):
             parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}">{escape(label)}</text>')
 
-        for out, row in self.rows_in_order():
-            text(left - 6, y + H - 6, self.texts[out], "end")
-            for step, cell in row.items():
-                x, width = xs[step], xs[step + 1] - xs[step]
-                title = f"step {step + 1}: {cell.kind} {cell.tokens or ''}" + f", {cell.found} found" * (cell.found > 0)
-                box(x, y + 2, width, H - 4, cell.kind, title, self.tokens(cell))
+        for name, cells, reason in self.requests():
+            text(left - 6, y + H - 6, name, "end")
+            for step, cell in cells.items():
+                x, width, title = xs[step], widths[step], f"step {step + 1}: {cell.kind} {cell.tokens or ''}"
+                title += f", {cell.found} found" * (cell.found > 0)
+                box(x, y + 2, width, H - 4, cell.kind, title)
+                if cell.kind == "prefill":
+                    text(x + width / 2, y + H - 5, cell.sign, "middle", "white")
                 if cell.found:
                     box(x, y + 2, width, 3, "hit", title)
-                if ended := self.ended(out, step):
-                    box(x + width - 2, y, 4, H, ended, out.finish_reason)
+            if reason:
+                box(x + width - 2, y, 4, H, ENDS[reason], reason)
             y += H
-        y, total, height = y + H, self.llm.pool.num_blocks, 60
+        y += H
         text(left - 6, y + height - 6, f"blocks, of {total}", "end")
-        for step, (used, cached, free) in enumerate(self.pool):
-            x, width, title = xs[step], xs[step + 1] - xs[step], f"step {step + 1}: {used} in use, {cached} cached"
+        for step, (x, width, (used, cached, free)) in enumerate(zip(xs, widths, self.pool), 1):
+            title = f"step {step}: {used} in use, {cached} cached"
             box(x, y, width, height, "waiting", f"{title}, {free} free")
             box(x, y + height * free / total, width, height * cached / total, "hit", title)
             box(x, y + height * (1 - used / total), width, height * used / total, "decode", title)
@@ -170,17 +159,16 @@ class Timeline:
             box(x, y, 12, 12, kind)
             text(x + 18, y + 11, label)
             x += 140
-        size = f'width="{max(xs[-1], x) + 20:.0f}" height="{y + 2 * H}"'
+        size = f'width="{max(right, x) + 20:.0f}" height="{y + 2 * H}"'
         return (f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n'
                 f'<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n")
 
     def show(self, say):
-        """Print the chart line by line with `say`, or write it to the file."""
+        """Write the chart to the file, or print it with `say`."""
         if self.file:
             Path(self.file).write_text(self.svg(), "utf-8")
-            return
-        for line in ["", *self.text(shutil.get_terminal_size((100, 24)).columns).split("\n")]:
-            say(line)
+        else:
+            say("\n" + self.text(shutil.get_terminal_size((100, 24)).columns))
 
 
 def columns(text: str) -> int:
