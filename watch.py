@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import textwrap
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from html import escape
 from itertools import accumulate, groupby
@@ -70,8 +70,8 @@ class Timeline:
             decode = len(chunk.tokens) == 1 and request.output.token_ids
             found = chunk.start if chunk.start != self.computed.get(request, 0) else 0
             cells[request] = Cell("decode" if decode else "prefill", len(chunk.tokens), found)
-            for sample in request.samples:   # the others begin where this one's prompt ends
-                self.computed[sample] = chunk.start + len(chunk.tokens)
+            # The other samples begin where this one's prompt ends.
+            self.computed |= dict.fromkeys(request.samples, chunk.start + len(chunk.tokens))
         for request, cell in cells.items():
             self.rows[request][len(self.pool)] = cell
         self.pool.append((pool.num_referenced, len(pool.cached), len(pool.free)))
@@ -96,18 +96,15 @@ class Timeline:
                 rows[name][max(cells)] = cells[max(cells)].sign.removesuffix("━") + KINDS[ENDS[reason]][0]
         signs = [[row.get(step, "") for row in rows.values()] for step in range(len(self.pool))]
         names = ["step", *rows, "blocks in use", "cached", "free"]
-        margin = used = max(map(columns, names))
-        bands, lines = [[]], []
+        margin, bands, lines = max(map(columns, names)), [[]], []
         kinds = [column if {*column} <= {"", "·", "━"} else step for step, column in enumerate(signs)]
         for _, (first, *others) in groupby(range(len(signs)), kinds.__getitem__):
             last = first + len(others)
             column = [span(first + 1, last + 1), *signs[first], *map(str, self.pool[last])]
             size = max(map(len, column))
-            if used + 2 + size > width and bands[-1]:
+            if margin + sum(len(head) for head, *_ in bands[-1]) + 2 + size > width and bands[-1]:
                 bands.append([])
-                used = margin
             bands[-1].append(["  " + (sign * size if sign in ("━", "·") else sign.rjust(size)) for sign in column])
-            used += 2 + size
         for band in bands:
             for name, cells in zip(names, zip(*band)):
                 if row := "".join(cells).rstrip():   # whoever is not there has none
@@ -119,7 +116,7 @@ class Timeline:
 
     def svg(self) -> str:
         """The chart as a picture: steps with a prefill are wide enough for its number of tokens."""
-        H, left, height, total, y, parts = 20, 150, 60, self.llm.pool.num_blocks, 20, []
+        H, left, height, total, parts = 20, 150, 60, self.llm.pool.num_blocks, []
         busy = {step for cells in self.rows.values() for step, cell in cells.items() if cell.kind == "prefill"}
         thin = max(2.0, min(16.0, 1000 / max(1, len(self.pool))))
         widths = [46 if step in busy else thin for step in range(len(self.pool))]
@@ -132,6 +129,7 @@ class Timeline:
         def text(x, y, label, anchor="start", fill="black"):
             parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}">{escape(label)}</text>')
 
+        y = H
         for name, cells, reason in self.requests():
             text(left - 6, y + H - 6, name, "end")
             for step, cell in cells.items():
@@ -182,7 +180,7 @@ class Explanation:
     def __init__(self, llm: LLM):
         from bench import measured_ceiling, step_cost
         self.llm, self.step_cost, self.ceiling = llm, step_cost, measured_ceiling(llm.device, llm.dtype)
-        self.steps: list[tuple[tuple, list[str]]] = []    # what makes a step worth telling, and its lines
+        self.steps = []    # what makes a step worth telling, and its lines
         llm.watchers.append(self.record)
 
     def record(self, plan: list[tuple[Request, Chunk]], takers: list[Request], tokens: list[int], logits_BV: Tensor):
@@ -197,21 +195,19 @@ class Explanation:
         lines += [f"attention  {line}" for line in describe_attention(llm, [chunk for _, chunk in plan])]
         cost = self.step_cost(llm.config, [(len(c.tokens), c.start) for _, c in plan], DTYPES[llm.dtype].itemsize,
                               sum(c.logits for _, c in plan))
-        peak, bandwidth = self.ceiling
-        bound = self.ceiling.verdict(cost)
-        side = "below" if bound == "memory" else "above"
+        balance, bound = self.ceiling.peak / self.ceiling.bandwidth, self.ceiling.verdict(cost)
         lines.append(f"cost       {cost.flops / 1e6:.1f} MFLOP / {cost.bytes / 1e6:.2f} MB = "
-                     f"{cost.flops / cost.bytes:.2g} FLOP/B, {side} the machine's {peak / bandwidth:.0f}: {bound}-bound"
-                     f", {self.ceiling.seconds(cost) * 1e3:.2f} ms at least")
+                     f"{cost.flops / cost.bytes:.2g} FLOP/B, {'below' if bound == 'memory' else 'above'} the machine's "
+                     f"{balance:.0f}: {bound}-bound, {self.ceiling.seconds(cost) * 1e3:.2f} ms at least")
         for request, token, logits_V in zip(takers, tokens, logits_BV):
             values, ids = logits_V.softmax(-1).topk(min(3, len(logits_V)))
             best = ", ".join(f"{self.spell([i])} {p:.1%}" for i, p in zip(ids.tolist(), values.tolist()))
             how = f"drawn by {request.uniform:.3f}" if request.params.temperature else "greedy"
             lines.append(f"next       {best} -> {self.spell([token]) if token >= 0 else 'none'}, {how}")
         # A new block is news twice: the second one, and the third as the second is full.
-        kinds = [(request.output.id, len(chunk.tokens) > 1 or not request.output.token_ids, len(chunk.blocks) == 2)
-                 for request, chunk in plan]
-        self.steps.append((tuple(kinds), lines))
+        kinds = [("prefill" if len(chunk.tokens) > 1 or not request.output.token_ids else "decode", request,
+                  len(chunk.blocks) == 2) for request, chunk in plan]
+        self.steps.append((kinds, lines))
 
     def spell(self, tokens: list[int]) -> str:
         """Token ids with their texts."""
@@ -222,13 +218,12 @@ class Explanation:
         """Every step that is not like the one before it, and the last one."""
         told, last = -1, len(self.steps) - 1
         for i, (kinds, lines) in enumerate(self.steps):
-            if 1 < i < last and (kinds == self.steps[i - 1][0] and not any(prefill for _, prefill, _ in kinds)):
+            counts = sorted(Counter(kind for kind, *_ in kinds).items(), reverse=True)   # prefill first
+            if 1 < i < last and kinds == self.steps[i - 1][0] and counts[0][0] == "decode":
                 continue
             if i - told > 1:
                 say(f"step {span(told + 2, i)}: decodes like the one before")
-            prefills = sum(prefill for _, prefill, _ in kinds)
-            counts = {"prefill": prefills, "decode": len(kinds) - prefills}
-            say(f"step {i + 1}: {' and '.join(f'{n} {name}' for name, n in counts.items() if n)}")
+            say(f"step {i + 1}: {' and '.join(f'{n} {kind}' for kind, n in counts)}")
             for line in lines:
                 say(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent=13 * " ", break_on_hyphens=False))
             told = i
@@ -244,35 +239,30 @@ def short(things: list) -> str:
     return "[" + ", ".join(things if len(things) <= 8 else [*things[:5], "...", *things[-2:]]) + "]"
 
 
-def describe_attention(llm: LLM, chunks: list[Chunk]) -> list[str]:
+def describe_attention(llm: LLM, chunks: list[Chunk]) -> Iterator[str]:
     """Which calls or launches serve a step's chunks in a layer (windows: in the first one), and why these."""
-    c, pool, device = llm.config, llm.pool, llm.device
-    batch, G = make_batch(chunks, pool.block_size, device, pool.block_tables_UM), c.H // c.K
-    n, prompts = batch.num_decodes, chunks[batch.num_decodes:]
-    if llm.model.attention is kernels.attention_triton:
-        lines = []
-        if n:
-            options = kernels.decode_options(c.D, DTYPES[llm.dtype])
-            work = [w for w in kernels.share_out(batch, c.K, c.windows[0], options["TILE"], device) if w[0] >= 0]
-            lines.append(f"decode kernel: {len(work)} splits of keys for {n} requests, to fill "
-                         f"{kernels.multiprocessors_of(device)} multiprocessors, x {c.K} KV heads; each runs its {G} "
-                         f"query heads against tiles of {options['TILE']} keys")
-        if prompts:
-            options = kernels.prefill_options(c.D, G, DTYPES[llm.dtype], kernels.capability_of(device))
-            tiles = len(kernels.plan_prefill(batch, options["ROWS"] // G, device))
-            rows = options["ROWS"]
-            lines.append(f"prefill kernel: {tiles} tiles of {rows} rows ({rows // G} tokens x {G} query heads) x {c.K} "
-                         f"KV heads, each over tiles of {options['TILE']} keys")
-        return lines
+    c, pool, device, dtype, G = llm.config, llm.pool, llm.device, DTYPES[llm.dtype], llm.config.H // llm.config.K
+    batch = make_batch(chunks, pool.block_size, device, pool.block_tables_UM)
     if llm.model.attention is kernels.attention_naive:
-        return [f"naive: a product per request and head, {len(chunks)} x {c.H} of them"]
-    lines = []
-    for keys in kernels.plan_torch(batch, pool.k_LKNSD[0], c.windows[0], None):
-        rows = keys.rows.stop - keys.rows.start
-        length = keys.run.stop - keys.run.start if keys.run else keys.slots_BKT.shape[-1]
-        what = (f"{rows} decode{'s' * (rows > 1)}, {c.K} KV heads, {G} query rows each" if keys.decodes
-                else f"prefill, {c.K} KV heads, {rows} x {G} query rows each")
-        where = ("in place (neighbouring blocks)" if keys.run else "gathered (scattered blocks)"
-                 if rows == 1 or not keys.decodes else "gathered, padded to the longest: one call for all")
-        lines.append(f"one fused call per layer: {what}; {length} keys, {where}")
-    return lines
+        yield f"naive: a product per request and head, {len(chunks)} x {c.H} of them"
+    elif llm.model.attention is kernels.attention_torch:
+        for keys in kernels.plan_torch(batch, pool.k_LKNSD[0], c.windows[0], None):
+            rows = keys.rows.stop - keys.rows.start
+            length = keys.run.stop - keys.run.start if keys.run else keys.slots_BKT.shape[-1]
+            what = (f"{rows} decode{'s' * (rows > 1)}, {c.K} KV heads, {G} query rows each" if keys.decodes
+                    else f"prefill, {c.K} KV heads, {rows} x {G} query rows each")
+            where = ("in place (neighbouring blocks)" if keys.run else "gathered (scattered blocks)"
+                     if rows == 1 or not keys.decodes else "gathered, padded to the longest: one call for all")
+            yield f"one fused call per layer: {what}; {length} keys, {where}"
+    else:
+        if n := batch.num_decodes:
+            tile = kernels.decode_options(c.D, dtype)["TILE"]
+            splits = sum(b >= 0 for b, *_ in kernels.share_out(batch, c.K, c.windows[0], tile, device))
+            yield (f"decode kernel: {splits} splits of keys for {n} requests, to fill "
+                   f"{kernels.multiprocessors_of(device)} multiprocessors, x {c.K} KV heads; each runs its {G} "
+                   f"query heads against tiles of {tile} keys")
+        if n < len(chunks):
+            options = kernels.prefill_options(c.D, G, dtype, kernels.capability_of(device))
+            rows, tiles = options["ROWS"], len(kernels.plan_prefill(batch, options["ROWS"] // G, device))
+            yield (f"prefill kernel: {tiles} tiles of {rows} rows ({rows // G} tokens x {G} query heads) x {c.K} "
+                   f"KV heads, each over tiles of {options['TILE']} keys")
