@@ -790,21 +790,14 @@ def keep_freed_memory():
 
 def find_device(name: str) -> torch.device:
     """The device by name. Raises ValueError if it does not exist here."""
+    there = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
+    if torch.cuda.is_available():
+        there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:N or mps")
-    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} GPUs "
-                         "that PyTorch can use; try --device cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device 'mps' is not there: this machine has no Apple GPU that PyTorch can use; "
-                         "try --device cpu")
-    return device
+        name = "cuda" if "cuda" in there else "cpu"
+    if str(name) not in there:
+        raise ValueError(f"PyTorch finds no device {str(name)!r} here: use auto, {', '.join(there)}")
+    return torch.device(name)
 
 
 # ---------------------------------------------------------------------------------------------
