@@ -858,28 +858,23 @@ def say(line: str, end: str = "\n"):
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of the command line; those read from elsewhere lose the newline that ends them."""
-    prompts = []
-    for prompt in args.prompt:
-        if prompt == "-":
-            data = sys.stdin.buffer.read() if sys.stdin else b""   # None: the shell closed it
-            prompt = decode_utf8(data, "standard input").removesuffix("\n")
-        prompts.append(prompt)
+    prompts = [read_text().removesuffix("\n") if prompt == "-" else prompt for prompt in args.prompt]
     if args.prompts_file:
-        try:
-            data = Path(args.prompts_file).read_bytes()
-        except OSError as error:
-            raise ValueError(f"{args.prompts_file} cannot be read ({error.strerror}): "
-                             "give --prompts-file a text file") from None
-        lines = decode_utf8(data, args.prompts_file).replace("\r\n", "\n").split("\n")
+        lines = read_text(args.prompts_file).replace("\r\n", "\n").split("\n")
         prompts += [line for line in lines if line.strip()]
     if not prompts:
         raise ValueError('there is no prompt: give --prompt "The cat sat", --prompt - or --prompts-file FILE')
     return prompts
 
 
-def decode_utf8(data: bytes, source: str) -> str:
+def read_text(file: str | None = None) -> str:
+    """Of the file, or without one of standard input (which is None if the shell closed it)."""
+    source = file or "standard input"
     try:
+        data = Path(file).read_bytes() if file else sys.stdin.buffer.read() if sys.stdin else b""
         return data.decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{source} cannot be read ({error.strerror}): give --prompts-file a text file") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not valid UTF-8 at byte {error.start}: re-encode it as UTF-8") from None
 
