@@ -721,19 +721,24 @@ class LLM:
         if params.n > 1 or not self.tokenizer:
             raise ValueError(f"n is {params.n}: a stream is one text, so use generate, or n=1" if params.n > 1 else
                              f"{self.folder} has no tokenizer, and a stream is text: use generate")
-        shown, request_id = 0, self.next_id
+        first = self.next_id
         try:
-            out = self.requests[self.add(prompt, params)].output
-            while out.finish_reason is None or shown < len(out.text):   # other calls make it grow, too
-                if shown == len(out.text):
-                    self._turn()
-                shown, piece = len(out.text), out.text[shown:]
-                if piece:
-                    yield piece
+            (out,) = self.start([prompt], params)
+            yield from self.follow(out)
             if out.error:
                 raise ValueError(out.error)
         finally:
-            self._leave(range(request_id, request_id + 1))
+            self._leave(range(first, first + 1))
+
+    def follow(self, out: Output) -> Iterator[str]:
+        """Run until this text is complete, and give it piece by piece as it appears."""
+        shown = 0
+        while out.finish_reason is None or shown < len(out.text):   # other calls make it grow, too
+            if shown == len(out.text):
+                self._turn()
+            shown, piece = len(out.text), out.text[shown:]
+            if piece:
+                yield piece
 
     def logits(self, prompt: str | list[int]) -> Tensor:
         """float32 [T, V]: what the model predicts after each of the prompt's tokens, through the same paged path."""
@@ -896,7 +901,15 @@ def serve(args: argparse.Namespace) -> int:
     outputs = llm.start(prompts, params)
     for number, (prompt, first) in enumerate(zip(prompts, outputs), 1):
         for out in first.samples:
-            show_text(args, llm, prompt, out)
+            if sys.stdout.isatty() and not args.json and not out.error:
+                say(prompt, end="")   # a terminal shows the whole text, a pipe gets only what is new
+            for piece in llm.follow(out):
+                print("" if args.json else piece, end="", flush=True)
+            if args.json:
+                record = {key: value for key, value in vars(out).items() if key != "samples"}
+                print(json.dumps({"prompt": prompt} | record, ensure_ascii=False), flush=True)
+            elif out.token_ids:
+                print(flush=True)
             if out.error:
                 say(f"nanoserve.py: prompt {number}: {out.error}")
             else:
@@ -919,25 +932,6 @@ def check_writable(path: Path):
         raise ValueError(f"{path} cannot be written ({error.strerror}): name another file") from None
     if new:
         path.unlink()
-
-
-def show_text(args: argparse.Namespace, llm: LLM, prompt: str, out: Output):
-    """Run until this text is complete, and print it as it appears."""
-    shown = 0
-    if sys.stdout.isatty() and not args.json and not out.error:
-        say(prompt, end="")   # a terminal shows the whole text, a pipe gets only what is new
-    while True:
-        if not args.json and len(out.text) > shown:
-            print(out.text[shown:], end="", flush=True)
-            shown = len(out.text)
-        if out.finish_reason:
-            break
-        llm.step()
-    if args.json:
-        record = {key: value for key, value in vars(out).items() if key != "samples"}
-        print(json.dumps({"prompt": prompt} | record, ensure_ascii=False), flush=True)
-    elif out.token_ids:
-        print(flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
