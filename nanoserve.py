@@ -28,6 +28,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from numbers import Integral, Real
@@ -785,12 +786,10 @@ def choose_dtype(c: Config, device: torch.device) -> tuple[str, str]:
 def keep_freed_memory():
     """Have glibc keep what a step frees: given back, it would cost the next step a page fault per 4 KiB (a quarter of
     GPT-2's prefill where this was measured)."""
-    try:
+    with suppress(OSError, AttributeError, TypeError):   # another C library has no such function
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):   # another C library
-        return
-    mallopt(-3, 32 << 20)      # M_MMAP_THRESHOLD: up to its maximum, memory comes from the heap
-    mallopt(-1, 2 ** 31 - 1)   # M_TRIM_THRESHOLD: and the heap does not shrink
+        mallopt(-3, 32 << 20)      # M_MMAP_THRESHOLD: up to its maximum, memory comes from the heap
+        mallopt(-1, 2 ** 31 - 1)   # M_TRIM_THRESHOLD: and the heap does not shrink
 
 
 def find_device(name: str) -> torch.device:
@@ -855,10 +854,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def say(line: str, end: str = "\n"):
     """To standard error, if anybody listens."""
-    try:
+    with suppress(OSError):
         print(line, end=end, file=sys.stderr, flush=True)
-    except OSError:
-        pass
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -958,16 +955,13 @@ def exit_status(name: str, command: Callable[[], int]) -> int:
         return 2
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python complains again when it exits
-        if isinstance(error, BrokenPipeError):
-            say(f"{name}: standard output was closed before the text was complete: keep it open, or ask for less")
-        else:
-            say(f"{name}: the text could not be written ({error.strerror}): send it elsewhere")
+        say(f"{name}: the text could not be written ({error.strerror}), as standard output was closed or is full: "
+            "keep it open, or send it elsewhere")
         return 1
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
-        first_line = str(error).split("\n")[0]
-        say(f"{name}: out of memory ({first_line}): take a smaller model, dtype or number of tokens")
+        say(f"{name}: out of memory ({str(error).splitlines()[0]}): take a smaller model, dtype or number of tokens")
         return 2
 
 
