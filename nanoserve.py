@@ -121,7 +121,6 @@ class Request:
     computed: int = 0
     admitted: bool = False         # for the first time
     unshown: str = ""              # text that may yet turn out to be the beginning of a stop string
-    first_token: float = 0.0
     uniform: float = 0.0           # the random number that chooses its next token
 
     def __post_init__(self):
@@ -134,33 +133,29 @@ class Request:
 
     def append(self, token: int, eos: list[int], now: float):
         """Take a token sampled now, turn it into text, and decide whether it is the last."""
-        out, params = self.output, self.params
+        out, params, seconds = self.output, self.params, now - self.arrived
         self.tokens.append(token)
         out.token_ids.append(token)
+        out.ttft = out.ttft or seconds
         if params.temperature:
             self.uniform = self.random.random()
-        if not self.first_token:
-            self.first_token, out.ttft = now, now - self.arrived
         if token in eos and not params.ignore_eos:
             out.finish_reason = "stop"
         elif len(self.tokens) >= self.limit:
             out.finish_reason = "length"
         if self.decode:
             self._show(self.decode(token, out.finish_reason is not None) if out.finish_reason != "stop" else "")
-        if out.finish_reason and now > self.first_token:
-            out.tps = (len(out.token_ids) - 1) / (now - self.first_token)
+        if out.finish_reason and seconds > out.ttft:
+            out.tps = (len(out.token_ids) - 1) / (seconds - out.ttft)
 
     def _show(self, piece: str):
         """Release text up to a stop string, or up to what may be the beginning of one."""
         out, stops = self.output, self.params.stop
-        if not stops:
-            out.text += piece
-            return
         text = self.unshown + piece
         ends = [text.find(stop) for stop in stops if stop in text]
         if ends:
             text, out.finish_reason = text[:min(ends)], "stop"
-        held = 0 if out.finish_reason else max(
+        held = 0 if out.finish_reason or not stops else max(
             (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         out.text += text[:len(text) - held]
         self.unshown = text[len(text) - held:]
