@@ -29,7 +29,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import wraps
 from numbers import Integral, Real
 from pathlib import Path
@@ -818,17 +818,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto",
         help="auto, float32, float16 or bfloat16 (default: the checkpoint's own; on a CPU float32 if that is faster)")
     add("--attention", default="auto", help="auto, torch, triton or naive (default: triton on a GPU, torch elsewhere)")
-    add = parser.add_argument_group("choosing tokens").add_argument
+    add = parser.add_argument_group("choosing tokens").add_argument   # what is not given is as in SamplingParams
     add("--max-tokens", type=int, default=512, metavar="N", help="at most N new tokens per prompt (default: 512)")
-    add("--temperature", type=float, default=0.0, metavar="T",
-        help="0: the most likely token; higher: more surprise (default: 0)")
-    add("--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens (default: all)")
-    add("--top-p", type=float, default=1.0, metavar="P",
-        help="sample from the fewest tokens that add up to P (default: 1)")
+    add("--temperature", type=float, metavar="T", help="0: the most likely token; higher: more surprise (default: 0)")
+    add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens (default: all)")
+    add("--top-p", type=float, metavar="P", help="sample from the fewest tokens that add up to P (default: 1)")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    add("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     add("--ignore-eos", action="store_true", help="go on to --max-tokens even if the model ends its text")
-    add("--n", type=int, default=1, metavar="N", help="so many continuations of each prompt (default: 1)")
+    add("--n", type=int, metavar="N", help="so many continuations of each prompt (default: 1)")
     add("--logprobs", type=int, metavar="K", help="with --json: log-probabilities of each token and of the K best")
     add = parser.add_argument_group("engine").add_argument
     add("--block-size", type=int, metavar="N", help="tokens per KV block (default: 64 on a GPU, 16 elsewhere)")
@@ -841,10 +839,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--timeline", nargs="?", const="", metavar="FILE.svg",
         help="then draw who ran in which step, and the pool; to the terminal, or as a picture")
     add("--explain", action="store_true", help="then say what each step computed, where and at what cost")
-    args = parser.parse_args(argv)
-    if args.timeline and not args.timeline.endswith(".svg"):
-        parser.error(f"--timeline {args.timeline}: the picture's name must end in .svg")
-    return args
+    return parser.parse_args(argv)
 
 
 def say(line: str, end: str = "\n"):
@@ -878,18 +873,18 @@ def read_text(file: str | None = None) -> str:
 
 def serve(args: argparse.Namespace) -> int:
     """Run the prompts of the command line and print their texts in order, each as it appears."""
+    if args.timeline:
+        if not args.timeline.endswith(".svg"):
+            raise ValueError(f"--timeline {args.timeline}: the picture's name must end in .svg")
+        check_writable(Path(args.timeline))
     prompts = read_prompts(args)
-    params = SamplingParams(**{field.name: getattr(args, field.name) for field in fields(SamplingParams)
-                               if field.name in args})
+    params = SamplingParams(**{name: value for name, value in vars(args).items()
+                               if name in SamplingParams.__dataclass_fields__ and value is not None})
     llm = LLM(args.model, args.device, args.dtype, args.attention, args.block_size, args.num_blocks,
               args.max_batched_tokens, args.max_seqs)
-    watchers = []
-    if args.timeline:
-        check_writable(Path(args.timeline))
-    if args.timeline is not None or args.explain:
-        import watch
-        watchers += [watch.Timeline(llm, args.timeline)] if args.timeline is not None else []
-        watchers += [watch.Explanation(llm)] if args.explain else []
+    import watch   # nothing else needs it
+    watchers = [watch.Timeline(llm, args.timeline)] if args.timeline is not None else []
+    watchers += [watch.Explanation(llm)] if args.explain else []
     outputs = llm.start(prompts, params)
     for number, (prompt, first) in enumerate(zip(prompts, outputs), 1):
         for out in first.samples:
