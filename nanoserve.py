@@ -381,49 +381,6 @@ def log_probabilities(logits_V: Tensor, token: int, k: int) -> dict[int, float]:
 
 
 # ---------------------------------------------------------------------------------------------
-# CUDA graphs
-
-class DecodeGraphs:
-    """Decode steps recorded once per batch size and replayed: the GPU does not wait for Python to launch kernels.
-
-    A graph repeats its launches on the same memory, so everything that changes between steps is copied into
-    a batch that stays, and a step of 5 requests runs as one of 8. The other three are padding: token 0 of a
-    request that owns nothing, which writes no K and V and reads none. What comes out for it is thrown away.
-    """
-
-    def __init__(self, model: Model, pool: KVPool, device: torch.device):
-        self.model, self.pool, self.device = model, pool, device
-        self.recorded = {}    # batch size -> (batch that stays, replay, logits)
-
-    @torch.inference_mode()
-    def run(self, chunks: list[Chunk]) -> Tensor:
-        """Logits of a step in which every chunk is a single token."""
-        n = len(chunks)
-        size = 1 << (n - 1).bit_length() if n <= 8 else -(-n // 8) * 8    # 1, 2, 4, 8, 16, 24, ...
-        if size not in self.recorded:
-            static = make_batch([kernels.PADDING] * size, self.pool.block_size, self.device, self.pool.block_tables_UM)
-            self.recorded[size] = static, *record(lambda: self.model(static, self.pool))
-        static, replay, logits_BV = self.recorded[size]
-        batch = make_batch(chunks + [kernels.PADDING] * (size - n), self.pool.block_size, "cpu",
-                           self.pool.block_tables_UM)
-        kernels.refresh(static, batch, self.model.config.K)
-        replay()
-        return logits_BV[:n]
-
-
-def record(step):
-    """A function that repeats what `step` launches on the GPU, and the tensor in which it leaves the result."""
-    if not torch.cuda.is_available():
-        raise ValueError("CUDA graphs need a CUDA device, and there is none: use cuda_graphs=False")
-    step()   # compiles the kernels and plans their work outside of the recording
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
-    return graph.replay, result
-
-
-# ---------------------------------------------------------------------------------------------
 # The engine
 
 def uninterrupted(method):
@@ -492,9 +449,9 @@ class LLM:
         max_seqs = min(max_seqs, max_batched_tokens)   # so that a step has a token for everyone who decodes
         self.pool = self._make_pool(block_size, num_blocks, max_seqs, DTYPES[name], prefix_cache)
         self.scheduler = Scheduler(self.pool, max_batched_tokens, max_seqs)
-        self.graphs = None
-        if gpu and attention == "triton" and not kernels.INTERPRETED if cuda_graphs is None else cuda_graphs:
-            self.graphs = DecodeGraphs(self.model, self.pool, self.device)
+        if cuda_graphs is None:
+            cuda_graphs = gpu and attention == "triton" and not kernels.INTERPRETED
+        self.graphs = {} if cuda_graphs else None   # batch size -> (batch that stays, replay, logits)
         self.requests: dict[int, Request] = {}
         self.grown: dict[Output, None] = {}   # since `step` last returned; an ordered set
         self.stepping, self.doomed = False, []   # who was aborted within a step, by a logits_processor or watcher
@@ -635,9 +592,28 @@ class LLM:
 
     def _run(self, chunks: list[Chunk]) -> Tensor:
         self.pool.upload()
-        if self.graphs and all(len(chunk.tokens) == 1 == chunk.logits for chunk in chunks):
-            return self.graphs.run(chunks)
+        if self.graphs is not None and all(len(chunk.tokens) == 1 == chunk.logits for chunk in chunks):
+            return self._replay(chunks)
         return self.model(make_batch(chunks, self.pool.block_size, self.device, self.pool.block_tables_UM), self.pool)
+
+    @torch.inference_mode()
+    def _replay(self, chunks: list[Chunk]) -> Tensor:
+        """Decode by a CUDA graph, recorded once per batch size: the GPU does not wait for Python to launch kernels.
+
+        A graph repeats its launches on the same memory, so everything that changes between steps is copied into
+        a batch that stays, and a step of 5 requests runs as one of 8. The other three are padding: token 0 of a
+        request that owns nothing, which writes no K and V and reads none. What comes out for it is thrown away.
+        """
+        n, S, tables_UM = len(chunks), self.pool.block_size, self.pool.block_tables_UM
+        size = 1 << (n - 1).bit_length() if n <= 8 else -(-n // 8) * 8    # 1, 2, 4, 8, 16, 24, ...
+        if size not in self.graphs:
+            static = make_batch([kernels.PADDING] * size, S, self.device, tables_UM)
+            self.graphs[size] = static, *record(lambda: self.model(static, self.pool))
+        static, replay, logits_BV = self.graphs[size]
+        batch = make_batch(chunks + [kernels.PADDING] * (size - n), S, "cpu", tables_UM)
+        kernels.refresh(static, batch, self.config.K)
+        replay()
+        return logits_BV[:n]
 
     @uninterrupted
     def abort(self, request_id: int):
@@ -752,6 +728,18 @@ class LLM:
         finally:
             self.pool.release(table)
         return torch.cat(rows)
+
+
+def record(step):
+    """A function that repeats what `step` launches on the GPU, and the tensor in which it leaves the result."""
+    if not torch.cuda.is_available():
+        raise ValueError("CUDA graphs need a CUDA device, and there is none: use cuda_graphs=False")
+    step()   # compiles the kernels and plans their work outside of the recording
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph.replay, result
 
 
 def choose_dtype(c: Config, device: torch.device) -> tuple[str, str]:
