@@ -113,7 +113,7 @@ class Request:
     limit: int                     # it ends with so many tokens in all, more than its prompt; the last is never run
     output: Output
     random: random.Random          # one number per sampled token, so neighbours cannot disturb it
-    decode: object                 # token -> the characters it completes, or None without a tokenizer
+    decode: Callable[[int, bool], str]   # a token, and whether it is the last -> the characters that it completes
     arrived: float
     # Who takes a token when it is computed: with its prompt itself and its n - 1 siblings, from then on itself alone.
     samples: list[Request] = field(default_factory=list)
@@ -143,22 +143,17 @@ class Request:
             out.finish_reason = "stop"
         elif len(self.tokens) >= self.limit:
             out.finish_reason = "length"
-        if self.decode:
-            self._show(self.decode(token, out.finish_reason is not None) if out.finish_reason != "stop" else "")
-        if out.finish_reason and seconds > out.ttft:
-            out.tps = (len(out.token_ids) - 1) / (seconds - out.ttft)
-
-    def _show(self, piece: str):
-        """Release text up to a stop string, or up to what may be the beginning of one."""
-        out, stops = self.output, self.params.stop
-        text = self.unshown + piece
-        ends = [text.find(stop) for stop in stops if stop in text]
-        if ends:
+        # Text is shown up to a stop string, or up to what may be the beginning of one.
+        piece = self.decode(token, out.finish_reason is not None) if out.finish_reason != "stop" else ""
+        text, stops, held = self.unshown + piece, params.stop, 0
+        if ends := [text.find(stop) for stop in stops if stop in text]:
             text, out.finish_reason = text[:min(ends)], "stop"
-        held = 0 if out.finish_reason or not stops else max(
-            (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        elif stops and not out.finish_reason:
+            held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         out.text += text[:len(text) - held]
         self.unshown = text[len(text) - held:]
+        if out.finish_reason and seconds > out.ttft:
+            out.tps = (len(out.token_ids) - 1) / (seconds - out.ttft)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -498,7 +493,7 @@ class LLM:
             out = Output(self.next_id + i, prompt_tokens=len(tokens), logprobs=None if params.logprobs is None else [])
             samples.append(Request(
                 list(tokens), params, limit, out, random.Random(None if params.seed is None else int(params.seed) + i),
-                self.tokenizer.decoder(tokens) if self.tokenizer else None, now))
+                self.tokenizer.decoder(tokens) if self.tokenizer else lambda token, last: "", now))
         for request in samples:
             request.output.samples = [sample.output for sample in samples]
         samples[0].samples = list(samples)
