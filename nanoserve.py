@@ -28,7 +28,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import wraps
 from numbers import Integral, Real
 from pathlib import Path
@@ -112,7 +113,7 @@ class Request:
     limit: int                     # it ends with so many tokens in all, more than its prompt; the last is never run
     output: Output
     random: random.Random          # one number per sampled token, so neighbours cannot disturb it
-    decode: object                 # token -> the characters it completes, or None without a tokenizer
+    decode: Callable[[int, bool], str]   # a token, and whether it is the last -> the characters that it completes
     arrived: float
     # Who takes a token when it is computed: with its prompt itself and its n - 1 siblings, from then on itself alone.
     samples: list[Request] = field(default_factory=list)
@@ -120,7 +121,6 @@ class Request:
     computed: int = 0
     admitted: bool = False         # for the first time
     unshown: str = ""              # text that may yet turn out to be the beginning of a stop string
-    first_token: float = 0.0
     uniform: float = 0.0           # the random number that chooses its next token
 
     def __post_init__(self):
@@ -133,36 +133,27 @@ class Request:
 
     def append(self, token: int, eos: list[int], now: float):
         """Take a token sampled now, turn it into text, and decide whether it is the last."""
-        out, params = self.output, self.params
+        out, params, seconds = self.output, self.params, now - self.arrived
         self.tokens.append(token)
         out.token_ids.append(token)
+        out.ttft = out.ttft or seconds
         if params.temperature:
             self.uniform = self.random.random()
-        if not self.first_token:
-            self.first_token, out.ttft = now, now - self.arrived
         if token in eos and not params.ignore_eos:
             out.finish_reason = "stop"
         elif len(self.tokens) >= self.limit:
             out.finish_reason = "length"
-        if self.decode:
-            self._show(self.decode(token, out.finish_reason is not None) if out.finish_reason != "stop" else "")
-        if out.finish_reason and now > self.first_token:
-            out.tps = (len(out.token_ids) - 1) / (now - self.first_token)
-
-    def _show(self, piece: str):
-        """Release text up to a stop string, or up to what may be the beginning of one."""
-        out, stops = self.output, self.params.stop
-        if not stops:
-            out.text += piece
-            return
-        text = self.unshown + piece
-        ends = [text.find(stop) for stop in stops if stop in text]
-        if ends:
+        # Text is shown up to a stop string, or up to what may be the beginning of one.
+        piece = self.decode(token, out.finish_reason is not None) if out.finish_reason != "stop" else ""
+        text, stops, held = self.unshown + piece, params.stop, 0
+        if ends := [text.find(stop) for stop in stops if stop in text]:
             text, out.finish_reason = text[:min(ends)], "stop"
-        held = 0 if out.finish_reason else max(
-            (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        elif stops and not out.finish_reason:
+            held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         out.text += text[:len(text) - held]
         self.unshown = text[len(text) - held:]
+        if out.finish_reason and seconds > out.ttft:
+            out.tps = (len(out.token_ids) - 1) / (seconds - out.ttft)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -385,49 +376,6 @@ def log_probabilities(logits_V: Tensor, token: int, k: int) -> dict[int, float]:
 
 
 # ---------------------------------------------------------------------------------------------
-# CUDA graphs
-
-class DecodeGraphs:
-    """Decode steps recorded once per batch size and replayed: the GPU does not wait for Python to launch kernels.
-
-    A graph repeats its launches on the same memory, so everything that changes between steps is copied into
-    a batch that stays, and a step of 5 requests runs as one of 8. The other three are padding: token 0 of a
-    request that owns nothing, which writes no K and V and reads none. What comes out for it is thrown away.
-    """
-
-    def __init__(self, model: Model, pool: KVPool, device: torch.device):
-        self.model, self.pool, self.device = model, pool, device
-        self.recorded = {}    # batch size -> (batch that stays, replay, logits)
-
-    @torch.inference_mode()
-    def run(self, chunks: list[Chunk]) -> Tensor:
-        """Logits of a step in which every chunk is a single token."""
-        n = len(chunks)
-        size = 1 << (n - 1).bit_length() if n <= 8 else -(-n // 8) * 8    # 1, 2, 4, 8, 16, 24, ...
-        if size not in self.recorded:
-            static = make_batch([kernels.PADDING] * size, self.pool.block_size, self.device, self.pool.block_tables_UM)
-            self.recorded[size] = static, *record(lambda: self.model(static, self.pool))
-        static, replay, logits_BV = self.recorded[size]
-        batch = make_batch(chunks + [kernels.PADDING] * (size - n), self.pool.block_size, "cpu",
-                           self.pool.block_tables_UM)
-        kernels.refresh(static, batch, self.model.config.K)
-        replay()
-        return logits_BV[:n]
-
-
-def record(step):
-    """A function that repeats what `step` launches on the GPU, and the tensor in which it leaves the result."""
-    if not torch.cuda.is_available():
-        raise ValueError("CUDA graphs need a CUDA device, and there is none: use cuda_graphs=False")
-    step()   # compiles the kernels and plans their work outside of the recording
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
-    return graph.replay, result
-
-
-# ---------------------------------------------------------------------------------------------
 # The engine
 
 def uninterrupted(method):
@@ -496,9 +444,9 @@ class LLM:
         max_seqs = min(max_seqs, max_batched_tokens)   # so that a step has a token for everyone who decodes
         self.pool = self._make_pool(block_size, num_blocks, max_seqs, DTYPES[name], prefix_cache)
         self.scheduler = Scheduler(self.pool, max_batched_tokens, max_seqs)
-        self.graphs = None
-        if gpu and attention == "triton" and not kernels.INTERPRETED if cuda_graphs is None else cuda_graphs:
-            self.graphs = DecodeGraphs(self.model, self.pool, self.device)
+        if cuda_graphs is None:
+            cuda_graphs = gpu and attention == "triton" and not kernels.INTERPRETED
+        self.graphs = {} if cuda_graphs else None   # batch size -> (batch that stays, replay, logits)
         self.requests: dict[int, Request] = {}
         self.grown: dict[Output, None] = {}   # since `step` last returned; an ordered set
         self.stepping, self.doomed = False, []   # who was aborted within a step, by a logits_processor or watcher
@@ -545,7 +493,7 @@ class LLM:
             out = Output(self.next_id + i, prompt_tokens=len(tokens), logprobs=None if params.logprobs is None else [])
             samples.append(Request(
                 list(tokens), params, limit, out, random.Random(None if params.seed is None else int(params.seed) + i),
-                self.tokenizer.decoder(tokens) if self.tokenizer else None, now))
+                self.tokenizer.decoder(tokens) if self.tokenizer else lambda token, last: "", now))
         for request in samples:
             request.output.samples = [sample.output for sample in samples]
         samples[0].samples = list(samples)
@@ -639,9 +587,28 @@ class LLM:
 
     def _run(self, chunks: list[Chunk]) -> Tensor:
         self.pool.upload()
-        if self.graphs and all(len(chunk.tokens) == 1 == chunk.logits for chunk in chunks):
-            return self.graphs.run(chunks)
+        if self.graphs is not None and all(len(chunk.tokens) == 1 == chunk.logits for chunk in chunks):
+            return self._replay(chunks)
         return self.model(make_batch(chunks, self.pool.block_size, self.device, self.pool.block_tables_UM), self.pool)
+
+    @torch.inference_mode()
+    def _replay(self, chunks: list[Chunk]) -> Tensor:
+        """Decode by a CUDA graph, recorded once per batch size: the GPU does not wait for Python to launch kernels.
+
+        A graph repeats its launches on the same memory, so everything that changes between steps is copied into
+        a batch that stays, and a step of 5 requests runs as one of 8. The other three are padding: token 0 of a
+        request that owns nothing, which writes no K and V and reads none. What comes out for it is thrown away.
+        """
+        n, S, tables_UM = len(chunks), self.pool.block_size, self.pool.block_tables_UM
+        size = 1 << (n - 1).bit_length() if n <= 8 else -(-n // 8) * 8    # 1, 2, 4, 8, 16, 24, ...
+        if size not in self.graphs:
+            static = make_batch([kernels.PADDING] * size, S, self.device, tables_UM)
+            self.graphs[size] = static, *record(lambda: self.model(static, self.pool))
+        static, replay, logits_BV = self.graphs[size]
+        batch = make_batch(chunks + [kernels.PADDING] * (size - n), S, "cpu", tables_UM)
+        kernels.refresh(static, batch, self.config.K)
+        replay()
+        return logits_BV[:n]
 
     @uninterrupted
     def abort(self, request_id: int):
@@ -721,19 +688,24 @@ class LLM:
         if params.n > 1 or not self.tokenizer:
             raise ValueError(f"n is {params.n}: a stream is one text, so use generate, or n=1" if params.n > 1 else
                              f"{self.folder} has no tokenizer, and a stream is text: use generate")
-        shown, request_id = 0, self.next_id
+        first = self.next_id
         try:
-            out = self.requests[self.add(prompt, params)].output
-            while out.finish_reason is None or shown < len(out.text):   # other calls make it grow, too
-                if shown == len(out.text):
-                    self._turn()
-                shown, piece = len(out.text), out.text[shown:]
-                if piece:
-                    yield piece
+            (out,) = self.start([prompt], params)
+            yield from self.follow(out)
             if out.error:
                 raise ValueError(out.error)
         finally:
-            self._leave(range(request_id, request_id + 1))
+            self._leave(range(first, first + 1))
+
+    def follow(self, out: Output) -> Iterator[str]:
+        """Run until this text is complete, and give it piece by piece as it appears."""
+        shown = 0
+        while out.finish_reason is None or shown < len(out.text):   # other calls make it grow, too
+            if shown == len(out.text):
+                self._turn()
+            shown, piece = len(out.text), out.text[shown:]
+            if piece:
+                yield piece
 
     def logits(self, prompt: str | list[int]) -> Tensor:
         """float32 [T, V]: what the model predicts after each of the prompt's tokens, through the same paged path."""
@@ -751,6 +723,18 @@ class LLM:
         finally:
             self.pool.release(table)
         return torch.cat(rows)
+
+
+def record(step):
+    """A function that repeats what `step` launches on the GPU, and the tensor in which it leaves the result."""
+    if not torch.cuda.is_available():
+        raise ValueError("CUDA graphs need a CUDA device, and there is none: use cuda_graphs=False")
+    step()   # compiles the kernels and plans their work outside of the recording
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph.replay, result
 
 
 def choose_dtype(c: Config, device: torch.device) -> tuple[str, str]:
@@ -780,31 +764,22 @@ def choose_dtype(c: Config, device: torch.device) -> tuple[str, str]:
 def keep_freed_memory():
     """Have glibc keep what a step frees: given back, it would cost the next step a page fault per 4 KiB (a quarter of
     GPT-2's prefill where this was measured)."""
-    try:
+    with suppress(OSError, AttributeError, TypeError):   # another C library has no such function
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):   # another C library
-        return
-    mallopt(-3, 32 << 20)      # M_MMAP_THRESHOLD: up to its maximum, memory comes from the heap
-    mallopt(-1, 2 ** 31 - 1)   # M_TRIM_THRESHOLD: and the heap does not shrink
+        mallopt(-3, 32 << 20)      # M_MMAP_THRESHOLD: up to its maximum, memory comes from the heap
+        mallopt(-1, 2 ** 31 - 1)   # M_TRIM_THRESHOLD: and the heap does not shrink
 
 
 def find_device(name: str) -> torch.device:
     """The device by name. Raises ValueError if it does not exist here."""
+    there = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
+    if torch.cuda.is_available():
+        there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:N or mps")
-    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} GPUs "
-                         "that PyTorch can use; try --device cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device 'mps' is not there: this machine has no Apple GPU that PyTorch can use; "
-                         "try --device cpu")
-    return device
+        name = "cuda" if "cuda" in there else "cpu"
+    if str(name) not in there:
+        raise ValueError(f"PyTorch finds no device {str(name)!r} here: use auto, {', '.join(there)}")
+    return torch.device(name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -826,17 +801,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto",
         help="auto, float32, float16 or bfloat16 (default: the checkpoint's own; on a CPU float32 if that is faster)")
     add("--attention", default="auto", help="auto, torch, triton or naive (default: triton on a GPU, torch elsewhere)")
-    add = parser.add_argument_group("choosing tokens").add_argument
+    add = parser.add_argument_group("choosing tokens").add_argument   # what is not given is as in SamplingParams
     add("--max-tokens", type=int, default=512, metavar="N", help="at most N new tokens per prompt (default: 512)")
-    add("--temperature", type=float, default=0.0, metavar="T",
-        help="0: the most likely token; higher: more surprise (default: 0)")
-    add("--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens (default: all)")
-    add("--top-p", type=float, default=1.0, metavar="P",
-        help="sample from the fewest tokens that add up to P (default: 1)")
+    add("--temperature", type=float, metavar="T", help="0: the most likely token; higher: more surprise (default: 0)")
+    add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens (default: all)")
+    add("--top-p", type=float, metavar="P", help="sample from the fewest tokens that add up to P (default: 1)")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    add("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     add("--ignore-eos", action="store_true", help="go on to --max-tokens even if the model ends its text")
-    add("--n", type=int, default=1, metavar="N", help="so many continuations of each prompt (default: 1)")
+    add("--n", type=int, metavar="N", help="so many continuations of each prompt (default: 1)")
     add("--logprobs", type=int, metavar="K", help="with --json: log-probabilities of each token and of the K best")
     add = parser.add_argument_group("engine").add_argument
     add("--block-size", type=int, metavar="N", help="tokens per KV block (default: 64 on a GPU, 16 elsewhere)")
@@ -849,66 +822,64 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--timeline", nargs="?", const="", metavar="FILE.svg",
         help="then draw who ran in which step, and the pool; to the terminal, or as a picture")
     add("--explain", action="store_true", help="then say what each step computed, where and at what cost")
-    args = parser.parse_args(argv)
-    if args.timeline and not args.timeline.endswith(".svg"):
-        parser.error(f"--timeline {args.timeline}: the picture's name must end in .svg")
-    return args
+    return parser.parse_args(argv)
 
 
 def say(line: str, end: str = "\n"):
     """To standard error, if anybody listens."""
-    try:
+    with suppress(OSError):
         print(line, end=end, file=sys.stderr, flush=True)
-    except OSError:
-        pass
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of the command line; those read from elsewhere lose the newline that ends them."""
-    prompts = []
-    for prompt in args.prompt:
-        if prompt == "-":
-            data = sys.stdin.buffer.read() if sys.stdin else b""   # None: the shell closed it
-            prompt = decode_utf8(data, "standard input").removesuffix("\n")
-        prompts.append(prompt)
+    prompts = [read_text().removesuffix("\n") if prompt == "-" else prompt for prompt in args.prompt]
     if args.prompts_file:
-        try:
-            data = Path(args.prompts_file).read_bytes()
-        except OSError as error:
-            raise ValueError(f"{args.prompts_file} cannot be read ({error.strerror}): "
-                             "give --prompts-file a text file") from None
-        lines = decode_utf8(data, args.prompts_file).replace("\r\n", "\n").split("\n")
+        lines = read_text(args.prompts_file).replace("\r\n", "\n").split("\n")
         prompts += [line for line in lines if line.strip()]
     if not prompts:
         raise ValueError('there is no prompt: give --prompt "The cat sat", --prompt - or --prompts-file FILE')
     return prompts
 
 
-def decode_utf8(data: bytes, source: str) -> str:
+def read_text(file: str | None = None) -> str:
+    """Of the file, or without one of standard input (which is None if the shell closed it)."""
+    source = file or "standard input"
     try:
+        data = Path(file).read_bytes() if file else sys.stdin.buffer.read() if sys.stdin else b""
         return data.decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{source} cannot be read ({error.strerror}): give --prompts-file a text file") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not valid UTF-8 at byte {error.start}: re-encode it as UTF-8") from None
 
 
 def serve(args: argparse.Namespace) -> int:
     """Run the prompts of the command line and print their texts in order, each as it appears."""
+    if args.timeline:
+        if not args.timeline.endswith(".svg"):
+            raise ValueError(f"--timeline {args.timeline}: the picture's name must end in .svg")
+        check_writable(Path(args.timeline))
     prompts = read_prompts(args)
-    params = SamplingParams(**{field.name: getattr(args, field.name) for field in fields(SamplingParams)
-                               if field.name in args})
+    params = SamplingParams(**{name: value for name, value in vars(args).items()
+                               if name in SamplingParams.__dataclass_fields__ and value is not None})
     llm = LLM(args.model, args.device, args.dtype, args.attention, args.block_size, args.num_blocks,
               args.max_batched_tokens, args.max_seqs)
-    watchers = []
-    if args.timeline:
-        check_writable(Path(args.timeline))
-    if args.timeline is not None or args.explain:
-        import watch
-        watchers += [watch.Timeline(llm, args.timeline)] if args.timeline is not None else []
-        watchers += [watch.Explanation(llm)] if args.explain else []
+    import watch   # nothing else needs it
+    watchers = [watch.Timeline(llm, args.timeline)] if args.timeline is not None else []
+    watchers += [watch.Explanation(llm)] if args.explain else []
     outputs = llm.start(prompts, params)
     for number, (prompt, first) in enumerate(zip(prompts, outputs), 1):
         for out in first.samples:
-            show_text(args, llm, prompt, out)
+            if sys.stdout.isatty() and not args.json and not out.error:
+                say(prompt, end="")   # a terminal shows the whole text, a pipe gets only what is new
+            for piece in llm.follow(out):
+                print("" if args.json else piece, end="", flush=True)
+            if args.json:
+                record = {key: value for key, value in vars(out).items() if key != "samples"}
+                print(json.dumps({"prompt": prompt} | record, ensure_ascii=False), flush=True)
+            elif out.token_ids:
+                print(flush=True)
             if out.error:
                 say(f"nanoserve.py: prompt {number}: {out.error}")
             else:
@@ -931,25 +902,6 @@ def check_writable(path: Path):
         raise ValueError(f"{path} cannot be written ({error.strerror}): name another file") from None
     if new:
         path.unlink()
-
-
-def show_text(args: argparse.Namespace, llm: LLM, prompt: str, out: Output):
-    """Run until this text is complete, and print it as it appears."""
-    shown = 0
-    if sys.stdout.isatty() and not args.json and not out.error:
-        say(prompt, end="")   # a terminal shows the whole text, a pipe gets only what is new
-    while True:
-        if not args.json and len(out.text) > shown:
-            print(out.text[shown:], end="", flush=True)
-            shown = len(out.text)
-        if out.finish_reason:
-            break
-        llm.step()
-    if args.json:
-        record = {key: value for key, value in vars(out).items() if key != "samples"}
-        print(json.dumps({"prompt": prompt} | record, ensure_ascii=False), flush=True)
-    elif out.token_ids:
-        print(flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -976,16 +928,13 @@ def exit_status(name: str, command: Callable[[], int]) -> int:
         return 2
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python complains again when it exits
-        if isinstance(error, BrokenPipeError):
-            say(f"{name}: standard output was closed before the text was complete: keep it open, or ask for less")
-        else:
-            say(f"{name}: the text could not be written ({error.strerror}): send it elsewhere")
+        say(f"{name}: the text could not be written ({error.strerror}), as standard output was closed or is full: "
+            "keep it open, or send it elsewhere")
         return 1
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
-        first_line = str(error).split("\n")[0]
-        say(f"{name}: out of memory ({first_line}): take a smaller model, dtype or number of tokens")
+        say(f"{name}: out of memory ({str(error).splitlines()[0]}): take a smaller model, dtype or number of tokens")
         return 2
 
 

@@ -1567,7 +1567,7 @@ def test_timeline_fits_the_terminal_and_loses_no_step(lone):
     cells = [cell for row in timeline.rows.values() for cell in row.values()]
     assert stats["preemptions"] and stats["preemptions"] == sum(cell.kind == "preempted" for cell in cells)
     assert stats["computed_tokens"] == sum(cell.tokens for cell in cells) and stats["steps"] == len(timeline.pool)
-    forked = sum(out.reused_tokens for out in timeline.rows if out.samples[0] is not out)
+    forked = sum(r.output.reused_tokens for r in timeline.rows if r.output.samples[0] is not r.output)
     assert stats["reused_tokens"] - forked == sum(cell.found for cell in cells)
     for width in (40, 80, 1000):
         chart = timeline.text(width)

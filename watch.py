@@ -13,8 +13,10 @@ from __future__ import annotations
 import shutil
 import textwrap
 import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from html import escape
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,12 +27,13 @@ from kernels import Chunk, make_batch
 from model import DTYPES
 
 if TYPE_CHECKING:   # `python nanoserve.py` is not the module nanoserve: importing it would load it twice
-    from nanoserve import LLM, Output, Request
+    from nanoserve import LLM, Request
 
 KINDS = {   # of what may happen to a request in a step: its sign in a terminal, its colour, what it means
     "waiting": ("·", "#dddddd", "waiting"), "preempted": ("!", "#d62728", "preempted"),
     "prefill": ("8", "#1f77b4", "prefill of 8 tokens"), "hit": ("48+8", "#ffbf00", "after 48 found computed"),
     "decode": ("━", "#7fc97f", "decode"), "end": ("■", "#333333", "last token"), "lost": ("x", "#d62728", "cut short")}
+ENDS = {"stop": "end", "length": "end", "error": "lost", "abort": "lost"}   # finish_reason -> kind
 
 
 class Cell(NamedTuple):
@@ -39,6 +42,11 @@ class Cell(NamedTuple):
     tokens: int = 0     # run in this step
     found: int = 0      # not run, as their K and V were there: prefix hit
 
+    @property
+    def sign(self) -> str:
+        prefill = f"{self.found}+{self.tokens}" if self.found else f"{self.tokens}"
+        return prefill if self.kind == "prefill" else KINDS[self.kind][0]
+
 
 class Timeline:
     """A row per request and a column per step, and under them the pool."""
@@ -46,123 +54,99 @@ class Timeline:
     def __init__(self, llm: LLM, file: str = ""):
         """file: where `show` draws it; "": it prints it."""
         self.llm, self.file = llm, file
-        self.rows, self.pool, self.texts = {}, [], {}    # rows: Output -> its cells by step
-        self.computed = {}                               # Output -> tokens with K and V after its last step
+        self.rows = defaultdict(dict)   # Request -> its cells by step
+        self.pool = []                  # blocks in use, cached and free, by step
+        self.computed = {}              # Request -> tokens with K and V after its last step
         llm.watchers.append(self.record)
 
     def record(self, plan: list[tuple[Request, Chunk]], takers: list[Request], tokens: list[int], logits_BV: Tensor):
-        step, scheduler = len(self.pool), self.llm.scheduler
-        cells = {request: Cell("waiting") for request in (*scheduler.running, *scheduler.waiting)}
+        scheduler, pool = self.llm.scheduler, self.llm.pool
+        cells = dict.fromkeys([*scheduler.running, *scheduler.waiting], Cell("waiting"))
         for request in scheduler.waiting:
-            if self.computed.pop(request.output, 0):
+            if self.computed.pop(request, 0):
                 cells[request] = Cell("preempted")
+        cells |= dict.fromkeys(takers, Cell("decode"))   # whose chunk is another's; who has one comes next
         for request, chunk in plan:
             decode = len(chunk.tokens) == 1 and request.output.token_ids
-            found = chunk.start if chunk.start != self.computed.get(request.output, 0) else 0
+            found = chunk.start if chunk.start != self.computed.get(request, 0) else 0
             cells[request] = Cell("decode" if decode else "prefill", len(chunk.tokens), found)
-            for sample in request.samples:   # the others begin where this one's prompt ends
-                self.computed[sample.output] = chunk.start + len(chunk.tokens)
-        for request in takers:
-            cells.setdefault(request, Cell("decode"))
+            # The other samples begin where this one's prompt ends.
+            self.computed |= dict.fromkeys(request.samples, chunk.start + len(chunk.tokens))
         for request, cell in cells.items():
-            self.row(request)[step] = cell
-        stats = self.llm.stats()
-        self.pool.append((stats["blocks_referenced"], stats["blocks_cached"], stats["blocks_free"]))
+            self.rows[request][len(self.pool)] = cell
+        self.pool.append((pool.num_referenced, len(pool.cached), len(pool.free)))
 
-    def row(self, request: Request) -> dict[int, Cell]:
-        out = request.output
-        if out not in self.rows:
-            prompt, tokenizer = request.tokens[:min(12, out.prompt_tokens)], self.llm.tokenizer
+    def requests(self) -> Iterator[tuple[str, dict[int, Cell], str | None]]:
+        """In order, of each: id and beginning of its prompt, its cells, and why it has ended."""
+        for request, cells in sorted(self.rows.items(), key=lambda row: row[0].output.id):
+            out, tokenizer = request.output, self.llm.tokenizer
+            prompt = request.tokens[:min(12, out.prompt_tokens)]
             text = tokenizer.decode(prompt, True) if tokenizer else " ".join(map(str, prompt))
             text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
             while columns(text) > 16:
                 text = text[:-1]
-            self.rows[out], self.texts[out] = {}, f"{out.id} {text}"
-        return self.rows[out]
-
-    def rows_in_order(self) -> list[tuple[Output, dict[int, Cell]]]:
-        return sorted(self.rows.items(), key=lambda row: row[0].id)
-
-    def ended(self, out: Output, step: int) -> str:
-        """"end" or "lost" if this was the request's last step."""
-        last = step == next(reversed(self.rows[out])) and out.finish_reason
-        return ("end" if out.finish_reason in ("stop", "length") else "lost") if last else ""
-
-    @staticmethod
-    def tokens(cell: Cell) -> str:
-        return f"{cell.found}+" * (cell.found > 0) + str(cell.tokens) if cell.kind == "prefill" else ""
-
-    def sign(self, out: Output, step: int) -> str:
-        """What a terminal shows."""
-        cell = self.rows[out].get(step)
-        if not cell:
-            return ""
-        sign = self.tokens(cell) or KINDS[cell.kind][0]
-        ended = self.ended(out, step)
-        return KINDS[ended][0] if ended and sign == "━" else sign + (KINDS[ended][0] if ended else "")
+            yield f"{out.id} {text}", cells, out.finish_reason
 
     def text(self, width: int) -> str:
         """The chart, cut into bands of so many characters. Steps in which the same goes on share a column."""
-        parts, outs = [], [out for out, _ in self.rows_in_order()]
-        for signs, steps in groupby(range(len(self.pool)), lambda step: tuple(self.sign(out, step) for out in outs)):
-            steps = list(steps)
-            runs = [steps] if set(signs) <= {"", "·", "━"} else [[step] for step in steps]
-            for run in runs:
-                head = f"{run[0] + 1}" if len(run) == 1 else f"{run[0] + 1}-{run[-1] + 1}"
-                parts.append([head, *signs, *map(str, self.pool[run[-1]])])
-        names = ["step", *map(self.texts.get, outs), "blocks in use", "cached", "free"]
-        margin, bands, used = max(map(columns, names)), [[]], 0
-        for column in parts:
+        rows = {}
+        for name, cells, reason in self.requests():
+            rows[name] = {step: cell.sign for step, cell in cells.items()}
+            if reason:
+                rows[name][max(cells)] = cells[max(cells)].sign.removesuffix("━") + KINDS[ENDS[reason]][0]
+        signs = [[row.get(step, "") for row in rows.values()] for step in range(len(self.pool))]
+        names = ["step", *rows, "blocks in use", "cached", "free"]
+        margin, bands, lines = max(map(columns, names)), [[]], []
+        kinds = [column if {*column} <= {"", "·", "━"} else step for step, column in enumerate(signs)]
+        for _, (first, *others) in groupby(range(len(signs)), kinds.__getitem__):
+            last = first + len(others)
+            column = [span(first + 1, last + 1), *signs[first], *map(str, self.pool[last])]
             size = max(map(len, column))
-            if used + size + 2 > width - margin and bands[-1]:
+            if margin + sum(len(head) for head, *_ in bands[-1]) + 2 + size > width and bands[-1]:
                 bands.append([])
-                used = 0
-            bands[-1].append([sign * size if sign in ("━", "·") else sign.rjust(size) for sign in column])
-            used += size + 2
-        lines = []
+            bands[-1].append(["  " + (sign * size if sign in ("━", "·") else sign.rjust(size)) for sign in column])
         for band in bands:
-            cells = ["".join("  " + column[i] for column in band) for i in range(len(names))]
-            rows = [name + " " * (margin - columns(name)) + row for name, row in zip(names, cells)]
-            kept = [row for row, cell in zip(rows[1:-3], cells[1:-3]) if cell.strip()]
-            lines += [rows[0], *kept, *rows[-3:], ""]
+            for name, cells in zip(names, zip(*band)):
+                if row := "".join(cells).rstrip():   # whoever is not there has none
+                    lines.append(name + " " * (margin - columns(name)) + row)
+            lines.append("")
         legend = ", ".join(f"{sign} {meaning}" for sign, _, meaning in KINDS.values())
         legend = textwrap.wrap(f"{legend}; blocks: in the column's last step", width)
-        return "\n".join(line.rstrip() for line in [*lines, *legend])
+        return "\n".join([*lines, *legend])
 
     def svg(self) -> str:
         """The chart as a picture: steps with a prefill are wide enough for its number of tokens."""
-        H, left, steps = 20, 150, range(len(self.pool))
-        busy = [any(step in row and row[step].kind == "prefill" for row in self.rows.values()) for step in steps]
-        thin = max(2.0, min(16.0, 1000 / max(1, len(busy))))
-        xs = [left]
-        for wide in busy:
-            xs.append(xs[-1] + (46 if wide else thin))
-        parts, y = [], H
+        H, left, height, total, parts = 20, 150, 60, self.llm.pool.num_blocks, []
+        busy = {step for cells in self.rows.values() for step, cell in cells.items() if cell.kind == "prefill"}
+        thin = max(2.0, min(16.0, 1000 / max(1, len(self.pool))))
+        widths = [46 if step in busy else thin for step in range(len(self.pool))]
+        *xs, right = accumulate(widths, initial=left)
 
-        def box(x, y, width, height, kind, title="", label=""):
+        def box(x, y, width, height, kind, title=""):
             parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
                          f'fill="{KINDS[kind][1]}"><title>{escape(title)}</title></rect>')
-            if label:
-                text(x + width / 2, y + height - 3, label, "middle", "white")
 
         def text(x, y, label, anchor="start", fill="black"):
             parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}">{escape(label)}</text>')
 
-        for out, row in self.rows_in_order():
-            text(left - 6, y + H - 6, self.texts[out], "end")
-            for step, cell in row.items():
-                x, width = xs[step], xs[step + 1] - xs[step]
-                title = f"step {step + 1}: {cell.kind} {cell.tokens or ''}" + f", {cell.found} found" * (cell.found > 0)
-                box(x, y + 2, width, H - 4, cell.kind, title, self.tokens(cell))
+        y = H
+        for name, cells, reason in self.requests():
+            text(left - 6, y + H - 6, name, "end")
+            for step, cell in cells.items():
+                x, width, title = xs[step], widths[step], f"step {step + 1}: {cell.kind} {cell.tokens or ''}"
+                title += f", {cell.found} found" * (cell.found > 0)
+                box(x, y + 2, width, H - 4, cell.kind, title)
+                if cell.kind == "prefill":
+                    text(x + width / 2, y + H - 5, cell.sign, "middle", "white")
                 if cell.found:
                     box(x, y + 2, width, 3, "hit", title)
-                if ended := self.ended(out, step):
-                    box(x + width - 2, y, 4, H, ended, out.finish_reason)
+            if reason:
+                box(x + width - 2, y, 4, H, ENDS[reason], reason)
             y += H
-        y, total, height = y + H, self.llm.pool.num_blocks, 60
+        y += H
         text(left - 6, y + height - 6, f"blocks, of {total}", "end")
-        for step, (used, cached, free) in enumerate(self.pool):
-            x, width, title = xs[step], xs[step + 1] - xs[step], f"step {step + 1}: {used} in use, {cached} cached"
+        for step, (x, width, (used, cached, free)) in enumerate(zip(xs, widths, self.pool), 1):
+            title = f"step {step}: {used} in use, {cached} cached"
             box(x, y, width, height, "waiting", f"{title}, {free} free")
             box(x, y + height * free / total, width, height * cached / total, "hit", title)
             box(x, y + height * (1 - used / total), width, height * used / total, "decode", title)
@@ -173,17 +157,16 @@ class Timeline:
             box(x, y, 12, 12, kind)
             text(x + 18, y + 11, label)
             x += 140
-        size = f'width="{max(xs[-1], x) + 20:.0f}" height="{y + 2 * H}"'
+        size = f'width="{max(right, x) + 20:.0f}" height="{y + 2 * H}"'
         return (f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n'
                 f'<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n")
 
     def show(self, say):
-        """Print the chart line by line with `say`, or write it to the file."""
+        """Write the chart to the file, or print it with `say`."""
         if self.file:
             Path(self.file).write_text(self.svg(), "utf-8")
-            return
-        for line in ["", *self.text(shutil.get_terminal_size((100, 24)).columns).split("\n")]:
-            say(line)
+        else:
+            say("\n" + self.text(shutil.get_terminal_size((100, 24)).columns))
 
 
 def columns(text: str) -> int:
@@ -197,7 +180,7 @@ class Explanation:
     def __init__(self, llm: LLM):
         from bench import measured_ceiling, step_cost
         self.llm, self.step_cost, self.ceiling = llm, step_cost, measured_ceiling(llm.device, llm.dtype)
-        self.steps: list[tuple[tuple, list[str]]] = []    # what makes a step worth telling, and its lines
+        self.steps = []    # what makes a step worth telling, and its lines
         llm.watchers.append(self.record)
 
     def record(self, plan: list[tuple[Request, Chunk]], takers: list[Request], tokens: list[int], logits_BV: Tensor):
@@ -212,21 +195,19 @@ class Explanation:
         lines += [f"attention  {line}" for line in describe_attention(llm, [chunk for _, chunk in plan])]
         cost = self.step_cost(llm.config, [(len(c.tokens), c.start) for _, c in plan], DTYPES[llm.dtype].itemsize,
                               sum(c.logits for _, c in plan))
-        peak, bandwidth = self.ceiling
-        bound = self.ceiling.verdict(cost)
-        side = "below" if bound == "memory" else "above"
+        balance, bound = self.ceiling.peak / self.ceiling.bandwidth, self.ceiling.verdict(cost)
         lines.append(f"cost       {cost.flops / 1e6:.1f} MFLOP / {cost.bytes / 1e6:.2f} MB = "
-                     f"{cost.flops / cost.bytes:.2g} FLOP/B, {side} the machine's {peak / bandwidth:.0f}: {bound}-bound"
-                     f", {self.ceiling.seconds(cost) * 1e3:.2f} ms at least")
+                     f"{cost.flops / cost.bytes:.2g} FLOP/B, {'below' if bound == 'memory' else 'above'} the machine's "
+                     f"{balance:.0f}: {bound}-bound, {self.ceiling.seconds(cost) * 1e3:.2f} ms at least")
         for request, token, logits_V in zip(takers, tokens, logits_BV):
             values, ids = logits_V.softmax(-1).topk(min(3, len(logits_V)))
             best = ", ".join(f"{self.spell([i])} {p:.1%}" for i, p in zip(ids.tolist(), values.tolist()))
             how = f"drawn by {request.uniform:.3f}" if request.params.temperature else "greedy"
             lines.append(f"next       {best} -> {self.spell([token]) if token >= 0 else 'none'}, {how}")
         # A new block is news twice: the second one, and the third as the second is full.
-        kinds = [(request.output.id, len(chunk.tokens) > 1 or not request.output.token_ids, len(chunk.blocks) == 2)
-                 for request, chunk in plan]
-        self.steps.append((tuple(kinds), lines))
+        kinds = [("prefill" if len(chunk.tokens) > 1 or not request.output.token_ids else "decode", request,
+                  len(chunk.blocks) == 2) for request, chunk in plan]
+        self.steps.append((kinds, lines))
 
     def spell(self, tokens: list[int]) -> str:
         """Token ids with their texts."""
@@ -237,13 +218,12 @@ class Explanation:
         """Every step that is not like the one before it, and the last one."""
         told, last = -1, len(self.steps) - 1
         for i, (kinds, lines) in enumerate(self.steps):
-            if 1 < i < last and (kinds == self.steps[i - 1][0] and not any(prefill for _, prefill, _ in kinds)):
+            counts = sorted(Counter(kind for kind, *_ in kinds).items(), reverse=True)   # prefill first
+            if 1 < i < last and kinds == self.steps[i - 1][0] and counts[0][0] == "decode":
                 continue
             if i - told > 1:
                 say(f"step {span(told + 2, i)}: decodes like the one before")
-            prefills = sum(prefill for _, prefill, _ in kinds)
-            counts = {"prefill": prefills, "decode": len(kinds) - prefills}
-            say(f"step {i + 1}: {' and '.join(f'{n} {name}' for name, n in counts.items() if n)}")
+            say(f"step {i + 1}: {' and '.join(f'{n} {kind}' for kind, n in counts)}")
             for line in lines:
                 say(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent=13 * " ", break_on_hyphens=False))
             told = i
@@ -259,35 +239,30 @@ def short(things: list) -> str:
     return "[" + ", ".join(things if len(things) <= 8 else [*things[:5], "...", *things[-2:]]) + "]"
 
 
-def describe_attention(llm: LLM, chunks: list[Chunk]) -> list[str]:
+def describe_attention(llm: LLM, chunks: list[Chunk]) -> Iterator[str]:
     """Which calls or launches serve a step's chunks in a layer (windows: in the first one), and why these."""
-    c, pool, device = llm.config, llm.pool, llm.device
-    batch, G = make_batch(chunks, pool.block_size, device, pool.block_tables_UM), c.H // c.K
-    n, prompts = batch.num_decodes, chunks[batch.num_decodes:]
-    if llm.model.attention is kernels.attention_triton:
-        lines = []
-        if n:
-            options = kernels.decode_options(c.D, DTYPES[llm.dtype])
-            work = [w for w in kernels.share_out(batch, c.K, c.windows[0], options["TILE"], device) if w[0] >= 0]
-            lines.append(f"decode kernel: {len(work)} splits of keys for {n} requests, to fill "
-                         f"{kernels.multiprocessors_of(device)} multiprocessors, x {c.K} KV heads; each runs its {G} "
-                         f"query heads against tiles of {options['TILE']} keys")
-        if prompts:
-            options = kernels.prefill_options(c.D, G, DTYPES[llm.dtype], kernels.capability_of(device))
-            tiles = len(kernels.plan_prefill(batch, options["ROWS"] // G, device))
-            rows = options["ROWS"]
-            lines.append(f"prefill kernel: {tiles} tiles of {rows} rows ({rows // G} tokens x {G} query heads) x {c.K} "
-                         f"KV heads, each over tiles of {options['TILE']} keys")
-        return lines
+    c, pool, device, dtype, G = llm.config, llm.pool, llm.device, DTYPES[llm.dtype], llm.config.H // llm.config.K
+    batch = make_batch(chunks, pool.block_size, device, pool.block_tables_UM)
     if llm.model.attention is kernels.attention_naive:
-        return [f"naive: a product per request and head, {len(chunks)} x {c.H} of them"]
-    lines = []
-    for keys in kernels.plan_torch(batch, pool.k_LKNSD[0], c.windows[0], None):
-        rows = keys.rows.stop - keys.rows.start
-        length = keys.run.stop - keys.run.start if keys.run else keys.slots_BKT.shape[-1]
-        what = (f"{rows} decode{'s' * (rows > 1)}, {c.K} KV heads, {G} query rows each" if keys.decodes
-                else f"prefill, {c.K} KV heads, {rows} x {G} query rows each")
-        where = ("in place (neighbouring blocks)" if keys.run else "gathered (scattered blocks)"
-                 if rows == 1 or not keys.decodes else "gathered, padded to the longest: one call for all")
-        lines.append(f"one fused call per layer: {what}; {length} keys, {where}")
-    return lines
+        yield f"naive: a product per request and head, {len(chunks)} x {c.H} of them"
+    elif llm.model.attention is kernels.attention_torch:
+        for keys in kernels.plan_torch(batch, pool.k_LKNSD[0], c.windows[0], None):
+            rows = keys.rows.stop - keys.rows.start
+            length = keys.run.stop - keys.run.start if keys.run else keys.slots_BKT.shape[-1]
+            what = (f"{rows} decode{'s' * (rows > 1)}, {c.K} KV heads, {G} query rows each" if keys.decodes
+                    else f"prefill, {c.K} KV heads, {rows} x {G} query rows each")
+            where = ("in place (neighbouring blocks)" if keys.run else "gathered (scattered blocks)"
+                     if rows == 1 or not keys.decodes else "gathered, padded to the longest: one call for all")
+            yield f"one fused call per layer: {what}; {length} keys, {where}"
+    else:
+        if n := batch.num_decodes:
+            tile = kernels.decode_options(c.D, dtype)["TILE"]
+            splits = sum(b >= 0 for b, *_ in kernels.share_out(batch, c.K, c.windows[0], tile, device))
+            yield (f"decode kernel: {splits} splits of keys for {n} requests, to fill "
+                   f"{kernels.multiprocessors_of(device)} multiprocessors, x {c.K} KV heads; each runs its {G} "
+                   f"query heads against tiles of {tile} keys")
+        if n < len(chunks):
+            options = kernels.prefill_options(c.D, G, dtype, kernels.capability_of(device))
+            rows, tiles = options["ROWS"], len(kernels.plan_prefill(batch, options["ROWS"] // G, device))
+            yield (f"prefill kernel: {tiles} tiles of {rows} rows ({rows // G} tokens x {G} query heads) x {c.K} "
+                   f"KV heads, each over tiles of {options['TILE']} keys")
