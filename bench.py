@@ -511,16 +511,15 @@ def serve(args: argparse.Namespace):
 
 def loop_seconds(llm: LLM, B: int) -> tuple[float, float, float]:
     """Median seconds of a decode step, and of the model and of choosing tokens in it."""
-    model, choosing = [], []
+    model, choosing, name = [], [], "model" if llm.graphs is None else "_replay"
 
     def timed(function, seconds: list[float]):
         def call(*arguments):
-            begin = time.perf_counter()
-            result = function(*arguments)
-            seconds.append(time.perf_counter() - begin)
-            return result
+            results = []
+            seconds.append(clock(lambda: results.append(function(*arguments)), llm.device))
+            return results[0]
         return call
-    with (patch.object(llm, "model", timed(llm.model, model)),
+    with (patch.object(llm, name, timed(getattr(llm, name), model)),
           patch.object(nanoserve, "choose", timed(nanoserve.choose, choosing))):
         whole = decode_seconds(llm, B, 128, 160)
     return whole, statistics.median(model[40:]), statistics.median(choosing[40:])

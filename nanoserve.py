@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import Chunk, make_batch
+from kernels import Batch, Chunk, make_batch
 from model import DTYPES, Config, Model, load_tokenizer, load_weights, race_for, random_weights, read_config
 from paged_kv import BlockTable, KVPool
 
@@ -586,29 +586,29 @@ class LLM:
             self.grown[out] = None
 
     def _run(self, chunks: list[Chunk]) -> Tensor:
+        n, S, tables_UM = len(chunks), self.pool.block_size, self.pool.block_tables_UM
         self.pool.upload()
-        if self.graphs is not None and all(len(chunk.tokens) == 1 == chunk.logits for chunk in chunks):
-            return self._replay(chunks)
-        return self.model(make_batch(chunks, self.pool.block_size, self.device, self.pool.block_tables_UM), self.pool)
+        if self.graphs is None or not all(len(chunk.tokens) == 1 == chunk.logits for chunk in chunks):
+            return self.model(make_batch(chunks, S, self.device, tables_UM), self.pool)
+        size = 1 << (n - 1).bit_length() if n <= 8 else -(-n // 8) * 8    # 1, 2, 4, 8, 16, 24, ...
+        return self._replay(make_batch(chunks + [kernels.PADDING] * (size - n), S, "cpu", tables_UM))[:n]
 
     @torch.inference_mode()
-    def _replay(self, chunks: list[Chunk]) -> Tensor:
+    def _replay(self, batch: Batch) -> Tensor:
         """Decode by a CUDA graph, recorded once per batch size: the GPU does not wait for Python to launch kernels.
 
         A graph repeats its launches on the same memory, so everything that changes between steps is copied into
         a batch that stays, and a step of 5 requests runs as one of 8. The other three are padding: token 0 of a
         request that owns nothing, which writes no K and V and reads none. What comes out for it is thrown away.
         """
-        n, S, tables_UM = len(chunks), self.pool.block_size, self.pool.block_tables_UM
-        size = 1 << (n - 1).bit_length() if n <= 8 else -(-n // 8) * 8    # 1, 2, 4, 8, 16, 24, ...
+        size = len(batch.chunks)
         if size not in self.graphs:
-            static = make_batch([kernels.PADDING] * size, S, self.device, tables_UM)
+            static = make_batch([kernels.PADDING] * size, self.pool.block_size, self.device, self.pool.block_tables_UM)
             self.graphs[size] = static, *record(lambda: self.model(static, self.pool))
         static, replay, logits_BV = self.graphs[size]
-        batch = make_batch(chunks + [kernels.PADDING] * (size - n), S, "cpu", tables_UM)
         kernels.refresh(static, batch, self.config.K)
         replay()
-        return logits_BV[:n]
+        return logits_BV
 
     @uninterrupted
     def abort(self, request_id: int):
