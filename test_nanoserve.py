@@ -2325,7 +2325,9 @@ def test_the_measurements_of_a_gpu_run_to_their_end(monkeypatch, capsys, tmp_pat
     assert texts["rows"][1] == ["huge", "does not fit", "-", "-"]
 
     llm = LLM(bench.config_of("tiny"), attention="triton", dtype="float32", cuda_graphs=True)
-    step, inside, choosing = bench.loop_seconds(llm, 2)
+    decode_seconds = bench.decode_seconds
+    monkeypatch.setattr(bench, "decode_seconds", lambda llm, B, context, steps: decode_seconds(llm, B, context, 30))
+    step, inside, choosing = bench.loop_seconds(llm, 1)
     assert 0 < choosing < inside and inside > step / 2, "the model is timed inside a graph, too"
 
     monkeypatch.setattr(kernels, "attention_triton", lambda q, k, v, batch, *more: kernels.attention_naive(q, k, v, batch, *more) + 0.01)
