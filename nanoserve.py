@@ -145,13 +145,13 @@ class Request:
             out.finish_reason = "length"
         # Text is shown up to a stop string, or up to what may be the beginning of one.
         piece = self.decode(token, out.finish_reason is not None) if out.finish_reason != "stop" else ""
-        text, stops, held = self.unshown + piece, params.stop, 0
+        text, stops, self.unshown = self.unshown + piece, params.stop, ""
         if ends := [text.find(stop) for stop in stops if stop in text]:
             text, out.finish_reason = text[:min(ends)], "stop"
         elif stops and not out.finish_reason:
-            held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        out.text += text[:len(text) - held]
-        self.unshown = text[len(text) - held:]
+            beginnings = (stop[:n] for stop in stops for n in range(1, len(stop)))
+            self.unshown = max(filter(text.endswith, beginnings), key=len, default="")
+        out.text += text.removesuffix(self.unshown)
         if out.finish_reason and seconds > out.ttft:
             out.tps = (len(out.token_ids) - 1) / (seconds - out.ttft)
 
@@ -313,9 +313,9 @@ def sample(logits_BV: Tensor, params: list[SamplingParams], uniforms: list[float
     uniform number, scaled to what is left, falls into one of them. -1 where logits are not finite.
     """
     top, best = logits_BV.max(-1, keepdim=True)
-    finite = [math.isfinite(value) for value, in top.tolist()]
+    greedy = [token if math.isfinite(value) else -1 for (token,), (value,) in zip(best.tolist(), top.tolist())]
     if not any(p.temperature for p in params):
-        return [token if ok else -1 for (token,), ok in zip(best.tolist(), finite)]
+        return greedy
 
     def column(values):
         return torch.tensor(values, dtype=torch.float32, device=logits_BV.device)[:, None]
@@ -325,15 +325,12 @@ def sample(logits_BV: Tensor, params: list[SamplingParams], uniforms: list[float
     rank = torch.arange(V, device=logits.device)
     logits = logits.masked_fill(rank >= column([p.top_k or V for p in params]), -torch.inf)
     probabilities = logits.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill((before >= column([p.top_p for p in params])) & (rank > 0), 0)
     cumulative = probabilities.cumsum(-1)
-    chosen = (cumulative <= column(uniforms) * cumulative[:, -1:]).sum(-1, keepdim=True)
-    last = (probabilities > 0).sum(-1, keepdim=True) - 1
-    chosen = chosen.minimum(last).clamp(min=0)   # rounding must not pass the last one
-    drawn = order.gather(1, chosen)[:, 0]
-    chosen = torch.where(temperature[:, 0] > 0, drawn, best[:, 0]).tolist()
-    return [token if ok else -1 for token, ok in zip(chosen, finite)]
+    kept = (probabilities > 0) & (cumulative - probabilities < column([p.top_p for p in params]))
+    last = (kept.sum(-1, keepdim=True) - 1).clamp(min=0)   # at least the first is kept
+    chosen = (cumulative <= column(uniforms) * cumulative.gather(1, last)).sum(-1, keepdim=True)
+    drawn = order.gather(1, chosen.minimum(last))[:, 0].tolist()   # rounding must not pass the last one
+    return [token if p.temperature and likely >= 0 else likely for token, likely, p in zip(drawn, greedy, params)]
 
 
 def choose(logits_BV: Tensor, requests: list[Request]) -> tuple[list[int], dict[Request, str]]:
