@@ -136,11 +136,13 @@ def read_config(folder: Path) -> Config:
     if raw.values.get("quantization_config"):
         raise ValueError(f"{raw.path}: 'quantization_config' is not supported: use the unquantised checkpoint")
 
-    eos = read_json(folder / "generation_config.json", optional=True).get("eos_token_id")
-    eos = raw.values.get("eos_token_id") if eos is None else eos
+    path = folder / "generation_config.json"
+    eos = read_json(path, optional=True).get("eos_token_id")
+    if eos is None:
+        path, eos = raw.path, raw.values.get("eos_token_id", [])
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(i, int) for i in eos):
-        raise ValueError(f"{raw.path}: 'eos_token_id' is {eos!r}, not a token id or a list of them")
+        raise ValueError(f"{path}: 'eos_token_id' is {eos!r}, not a token id or a list of them")
     dtype = raw.get("dtype", raw.get("torch_dtype", "float32")).removeprefix("torch.")
     c = (read_gpt2_config if kind == "gpt2" else read_llama_config)(raw, kind, {"eos": eos, "dtype": dtype})
     if c.activation not in ACTIVATIONS:

@@ -69,12 +69,13 @@ class SamplingParams:
         if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop is {self.stop!r}: it must be a string or several, none of them empty")
         object.__setattr__(self, "stop", tuple(stop))
-        temperature, top_p = (isinstance(x, Real) and x for x in (self.temperature, self.top_p))
+        temperature, top_p = (x if isinstance(x, Real) and not isinstance(x, bool) else math.nan
+                              for x in (self.temperature, self.top_p))
         for name, fits, kind in (
                 ("max_tokens", is_int(self.max_tokens) and self.max_tokens > 0, "a whole number, 1 or more"),
-                ("temperature", temperature is not False and 0 <= temperature <= 1e6, "from 0 (greedy) to a million"),
+                ("temperature", 0 <= temperature <= 1e6, "a number from 0 (greedy) to a million"),
                 ("top_k", is_int(self.top_k) and 0 <= self.top_k < 2 ** 31, "a whole number, 0 (off) to 2147483647"),
-                ("top_p", 0 < top_p <= 1, "above 0 and at most 1"),
+                ("top_p", 0 < top_p <= 1, "a number above 0 and at most 1"),
                 ("seed", self.seed is None or is_int(self.seed) and self.seed >= 0, "None or a whole number from 0 on"),
                 ("n", is_int(self.n) and self.n > 0, "a whole number, 1 or more"),
                 ("logprobs", self.logprobs is None or is_int(self.logprobs) and self.logprobs >= 0, "None, 0 or more"),
@@ -704,6 +705,7 @@ class LLM:
             if piece:
                 yield piece
 
+    @uninterrupted
     def logits(self, prompt: str | list[int]) -> Tensor:
         """float32 [T, V]: what the model predicts after each of the prompt's tokens, through the same paged path."""
         tokens, table, rows = self._tokens(prompt), BlockTable(), []
@@ -924,6 +926,9 @@ def exit_status(name: str, command: Callable[[], int]) -> int:
         say(f"{name}: {error}")
         return 2
     except OSError as error:
+        if error.filename:
+            say(f"{name}: {error.filename} cannot be opened ({error.strerror}): give yourself the permission to")
+            return 2
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python complains again when it exits
         say(f"{name}: the text could not be written ({error.strerror}), as standard output was closed or is full: "
             "keep it open, or send it elsewhere")

@@ -766,6 +766,8 @@ broken("architectures as lists", "[1]")(lambda f, c, t: rewrite(f, c, architectu
 broken("model type as a list", "model_type")(lambda f, c, t: rewrite(f, c, model_type=["llama"]))
 broken("rope as text", "rope_scaling")(lambda f, c, t: rewrite(f, c, rope_scaling="llama3"))
 broken("eos as text", "eos_token_id", "x")(lambda f, c, t: rewrite(f, c, eos_token_id="x"))
+broken("another eos as text", "generation_config.json", "eos_token_id")(
+    lambda f, c, t: write_checkpoint(f, c, t, generation_config={"eos_token_id": "x"}))
 broken("tied as text", "tie_word_embeddings")(lambda f, c, t: rewrite(f, c, tie_word_embeddings="x"))
 broken("a size beyond reason", "num_attention_heads")(lambda f, c, t: rewrite(f, c, num_attention_heads=10 ** 30))
 broken("a vocabulary larger than memory", "embed_tokens.weight", "2000000000")(lambda f, c, t: rewrite(f, c, vocab_size=2 * 10 ** 9))
@@ -1921,9 +1923,20 @@ def test_ctrl_c_at_any_line_leaves_the_engine_whole(lone):
             assert list(llm.requests) == [out.id for r in llm.scheduler.waiting for out in r.output.samples], line
             for request in list(llm.scheduler.waiting):
                 llm.abort(request.output.id)
+        for line in range(1, 120, 3):
+            left = line
+            try:
+                sys.settrace(trace)
+                llm.logits(prompts[0])
+            except KeyboardInterrupt:
+                interrupts += 1
+            finally:
+                sys.settrace(tracer)
+            check_pool(llm)
+            assert llm.pool.num_referenced == 0, line
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert interrupts > 80
+    assert interrupts > 100
 
 
 def test_admission_counts_the_samples_to_come(lone):
@@ -1975,7 +1988,7 @@ def test_text_ends_with_the_context_or_the_pool(lone):
 
 @pytest.mark.parametrize("wrong", [dict(max_tokens=0), dict(max_tokens=-3), dict(max_tokens=1.5), dict(temperature=-0.1),
                                    dict(temperature=math.nan), dict(temperature=math.inf), dict(top_p=0), dict(top_p=1.01), dict(top_p=math.nan),
-                                   dict(temperature="x"), dict(top_p=None), dict(stop=5),
+                                   dict(temperature="x"), dict(temperature=True), dict(top_p=None), dict(top_p=True), dict(stop=5),
                                    dict(top_k=-1), dict(top_k=10 ** 400), dict(temperature=10 ** 400), dict(seed="x"), dict(seed=-1), dict(stop=("",)), dict(stop=(1,)), dict(n=0), dict(n=True),
                                    dict(logprobs=-1), dict(logprobs=1.0), dict(logits_processor="x")])
 def test_sampling_parameters_that_make_no_sense_are_refused_by_name(wrong):
@@ -2146,6 +2159,15 @@ def test_want_of_memory_is_said_in_one_sentence_and_a_fault_of_ours_is_not_hidde
     monkeypatch.setattr(nanoserve, "serve", lambda args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         nanoserve.main(["--prompt", "x"])
+
+
+def test_a_file_that_may_not_be_read_is_named(monkeypatch, capfd):
+    def denied(path, *arguments):
+        raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(Path, "read_text", denied)
+    assert nanoserve.main(["--prompt", "x"]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and "config.json cannot be opened (Permission denied)" in err and err.count("\n") == 1
 
 
 def test_ctrl_c_ends_cleanly():

@@ -32,7 +32,8 @@ if TYPE_CHECKING:   # `python nanoserve.py` is not the module nanoserve: importi
 KINDS = {   # of what may happen to a request in a step: its sign in a terminal, its colour, what it means
     "waiting": ("·", "#dddddd", "waiting"), "preempted": ("!", "#d62728", "preempted"),
     "prefill": ("8", "#1f77b4", "prefill of 8 tokens"), "hit": ("48+8", "#ffbf00", "after 48 found computed"),
-    "decode": ("━", "#7fc97f", "decode"), "end": ("■", "#333333", "last token"), "lost": ("x", "#d62728", "cut short")}
+    "decode": ("━", "#7fc97f", "decode"), "end": ("■", "#333333", "last token"),
+    "lost": ("x", "#d62728", "cut short")}
 ENDS = {"stop": "end", "length": "end", "error": "lost", "abort": "lost"}   # finish_reason -> kind
 
 
