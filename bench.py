@@ -202,8 +202,10 @@ def measured_ceiling(device: torch.device, dtype: str) -> Ceiling:
     size = 2048 if device.type == "cpu" else 8192
     x_TE, weight = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in "xw")
     product = race_for(x_TE, weight) if device.type == "cpu" else lambda x, w: x @ w.T
-    product_seconds = min(clock(lambda: product(x_TE, weight), device) for _ in range(20))
-    return Ceiling(2 * size ** 3 / product_seconds, x.nbytes / min(clock(x.sum, device) for _ in range(30)))
+
+    def least(call):   # a GPU's own clock: waiting for it takes a tenth of the time in which it reads x
+        return gpu_seconds([call]) if device.type == "cuda" else min(clock(call, device) for _ in range(30))
+    return Ceiling(2 * size ** 3 / least(lambda: product(x_TE, weight)), x.nbytes / least(x.sum))
 
 
 def clock(call, device: torch.device) -> float:
@@ -232,12 +234,10 @@ def alternate(calls: list, device: torch.device, repeats: int = 3) -> list[float
 class Lab:
     """A model on a device, as the arguments ask for, and what the machine could do."""
 
-    def __init__(self, args: argparse.Namespace, ceiling: bool = True):
-        source = config_of(args.random) if args.random else Path(args.model or DEMO)
-        name = args.random or "/".join(source.parts[-2:])
-        # Makes an LLM of this model. Each prompt is new to it unless prefix_cache is asked for.
-        self.engine = partial(LLM, source, args.device, args.dtype, prefix_cache=False, max_seqs=32)
-        self.llm = self.engine()
+    def __init__(self, args: argparse.Namespace, ceiling: bool = True, max_seqs: int = 32):
+        self.source = config_of(args.random) if args.random else Path(args.model or DEMO)
+        name = args.random or "/".join(self.source.parts[-2:])
+        self.llm = LLM(self.source, args.device, args.dtype, prefix_cache=False, max_seqs=max_seqs)
         self.config, self.device, self.itemsize = self.llm.config, self.llm.device, DTYPES[self.llm.dtype].itemsize
         if self.config.context < 256:
             raise ValueError(f"{name} has a context of {self.config.context}: the measurements need 256 at least")
@@ -246,6 +246,13 @@ class Lab:
             self.ceiling = peak, bandwidth = measured_ceiling(self.device, self.llm.dtype)
             print(f"Ceilings as measured: {peak / 1e9:,.0f} GFLOP/s and {bandwidth / 1e9:,.0f} GB/s, a balance of "
                   f"{peak / bandwidth:.0f} operations per byte")
+
+    def engine(self, **options) -> LLM:
+        """Another LLM with the same weights. Each prompt is new to it unless prefix_cache is asked for."""
+        def weights(*_):
+            return self.llm.model.weights
+        with patch.object(nanoserve, "load_weights", weights), patch.object(nanoserve, "random_weights", weights):
+            return LLM(self.source, self.device, self.llm.dtype, **dict(prefix_cache=False, max_seqs=32) | options)
 
 
 def random_prompt(c: Config, n: int) -> list[int]:
@@ -269,9 +276,10 @@ def prefill_seconds(llm: LLM, B: int, T: int, repeats: int = 5) -> float:
 
 def decode_seconds(llm: LLM, B: int, context: int, steps: int = 24) -> float:
     """Median seconds of a decode step of B requests that have so many tokens, on average."""
+    until_all_decode = 2 * B * (1 + context // llm.scheduler.max_batched_tokens)   # steps, at most
+    params = SamplingParams(max_tokens=until_all_decode + steps + 26, ignore_eos=True)
     for _ in range(B):
-        llm.add(random_prompt(llm.config, max(1, context - steps // 2 - 24)),
-                SamplingParams(max_tokens=llm.config.context, ignore_eos=True))
+        llm.add(random_prompt(llm.config, max(1, context - steps // 2 - 24)), params)
     while any(request.pending > 1 for request in llm.requests.values()):
         llm.step()
     seconds = [clock(llm.step, llm.device) for _ in range(steps + 24)]
@@ -474,7 +482,7 @@ def compare(title: str, contestants: dict, make, note: str):
 
 def serve(args: argparse.Namespace):
     """The same requests, served in different ways."""
-    lab, dice = Lab(args, ceiling=False), random.Random(0)
+    lab, dice = Lab(args, ceiling=False, max_seqs=8), random.Random(0)
     context, prompt = lab.config.context, partial(random_prompt, lab.config)
 
     def crowd(gap: float = 0.0):
@@ -482,18 +490,18 @@ def serve(args: argparse.Namespace):
         at = itertools.accumulate(dice.expovariate(1 / gap) if gap else 0.0 for _ in range(32))
         return [(start, prompt(dice.randint(8, 64)), min(128, 4 + int(dice.expovariate(1 / 32)))) for start in at]
 
-    eight = lab.engine(max_seqs=8)
-    ways = {"static": (eight, 8), "continuous": (eight, 0)}
-    play(eight, crowd())
-    pace = clock(lambda: play(eight, crowd()), lab.device) / 32    # seconds per request, when eight are served
+    ways = {"static": (lab.llm, 8), "continuous": (lab.llm, 0)}
+    play(lab.llm, crowd())
+    pace = clock(lambda: play(lab.llm, crowd()), lab.device) / 32    # seconds per request, when eight are served
     compare("Eight at a time, all 32 there at once", ways, crowd,
             "Static batching waits for the longest of eight; continuous batching fills each place as it becomes free.")
     compare("Eight at a time, arriving one by one (Poisson)", ways, lambda: crowd(pace),
             "They come as fast as continuous batching can serve them. gap: between two tokens of a request.")
 
-    few = {f"chunks of {n}": (lab.engine(max_batched_tokens=n), 0) for n in (min(64, (context - 200) // 4), context)}
-    compare(f"A prompt of {context - 200} tokens arrives among six that are decoding", few,
-            lambda: [(0.0, prompt(16), 100) for _ in range(6)] + [(0.05, prompt(context - 200), 8)],
+    sizes = min(64, (context - 200) // 4), context
+    compare(f"A prompt of {context - 200} tokens arrives among six that are decoding",
+            {f"chunks of {n}": (lab.engine(max_batched_tokens=n), 0) for n in sizes},
+            lambda: [(0.0, prompt(16), 100) for _ in range(6)] + [(4 * pace, prompt(context - 200), 8)],
             "In one piece, the long prompt stops everybody for as long as it takes; in chunks, it takes turns.")
 
     def shared():
@@ -887,6 +895,8 @@ def measure(args: argparse.Namespace, command: list[str]) -> int:
     if args.plot and args.command == "estimate":
         raise ValueError("a table of formulas cannot be drawn: leave --plot out")
     device = find_device("cpu" if args.command == "cpu" or args.command == "estimate" else args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     for path in map(Path, filter(None, (args.json, args.plot))):
         check_writable(path)
     try:

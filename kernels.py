@@ -68,7 +68,8 @@ def load_triton():
     INTERPRETED = not isinstance(tl.zeros, triton.JITFunction)
     for function in KERNELS:   # index tensors are views at any offset: that must not compile a kernel anew
         globals()[function.__name__] = triton.jit(
-            function, do_not_specialize_on_alignment=["tables_ptr", "query_starts_ptr", "kv_lens_ptr", "slots_ptr"])
+            function, do_not_specialize_on_alignment=[
+                "tables_ptr", "query_starts_ptr", "kv_lens_ptr", "slots_ptr", "slopes_ptr"])
     return triton
 
 
@@ -629,9 +630,11 @@ def check(backend: str, device: torch.device, dtype: torch.dtype, H: int, K: int
         return
     if load_triton() is None:
         raise ValueError("attention='triton' needs the triton package, which is not installed: use attention='torch'")
+    if capability_of(device) < 80:
+        raise ValueError("attention='triton' needs a GPU of compute capability 8.0 or more: use attention='torch'")
     large = device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 128 << 10
     tile = triton.next_power_of_2(H // K) * max(16, triton.next_power_of_2(D)) * dtype.itemsize
-    if tile > (65536 if large else 32768) and not INTERPRETED:
+    if tile > (65536 if large else 16384) and not INTERPRETED:
         raise ValueError(f"{H // K} query heads of size {D} per KV head do not fit into a tile of {dtype}: "
                          "use attention='torch'")
     if INTERPRETED and dtype == torch.bfloat16:

@@ -396,13 +396,13 @@ def uninterrupted(method):
 class LLM:
     """A model, its KV pool and the loop.
 
-    model: a checkpoint folder, or a Config for random weights of that shape. device: "auto" takes a GPU if there
-    is one. dtype: "auto" is the checkpoint's own, or on a CPU float32 if that measures faster. attention: "auto"
-    is "triton" on a GPU and "torch" elsewhere; "triton" on a CPU runs the same kernels in Triton's
-    interpreter, slowly. block_size: tokens per KV block; num_blocks: blocks in the pool;
-    max_batched_tokens: tokens per step; None is what suits the device. max_seqs: texts that may be written at
-    once. prefix_cache: whether to look for prompts' beginnings among blocks computed before. cuda_graphs:
-    whether decode steps are replayed; None: wherever attention is "triton" on a GPU.
+    model: a checkpoint folder, or a Config for random weights of that shape. device: "auto" takes a GPU if
+    there is one; several GPUs take a process each. dtype: "auto" is the checkpoint's own, or on a CPU float32
+    if that measures faster. attention: "auto" is "triton" on a GPU and "torch" elsewhere; "triton" on a CPU
+    runs the same kernels in Triton's interpreter, slowly. block_size: tokens per KV block; num_blocks: blocks
+    in the pool; max_batched_tokens: tokens per step; None is what suits the device. max_seqs: texts that may be
+    written at once. prefix_cache: whether to look for prompts' beginnings among blocks computed before.
+    cuda_graphs: whether decode steps are replayed; None: wherever attention is "triton" on a GPU.
     Raises ValueError, in one sentence, for what does not exist or does not fit.
     """
 
@@ -421,7 +421,8 @@ class LLM:
         if name not in DTYPES:
             raise ValueError(f"dtype {name!r} is not supported: use auto, {', '.join(DTYPES)}")
         if attention == "auto":
-            attention = "triton" if gpu and kernels.load_triton() else "torch"
+            able = gpu and kernels.capability_of(self.device) >= 80 and kernels.load_triton()
+            attention = "triton" if able else "torch"
         block_size = (64 if gpu else 16) if block_size is None else block_size
         max_batched_tokens = (4096 if gpu else 512) if max_batched_tokens is None else max_batched_tokens
         for what, value in (("block_size", block_size), ("num_blocks", num_blocks),
@@ -456,6 +457,7 @@ class LLM:
         c = self.config
         block_bytes = 2 * c.L * c.K * block_size * c.D * dtype.itemsize
         if self.device.type == "cuda":
+            torch.cuda.empty_cache()   # what PyTorch keeps of engines that are gone
             memory = int(torch.cuda.mem_get_info(self.device)[0] * 0.8)
         else:
             memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
@@ -864,6 +866,10 @@ def serve(args: argparse.Namespace) -> int:
                                if name in SamplingParams.__dataclass_fields__ and value is not None})
     llm = LLM(args.model, args.device, args.dtype, args.attention, args.block_size, args.num_blocks,
               args.max_batched_tokens, args.max_seqs)
+    if llm.device.type == "cuda":   # what is compiled, loaded and recorded once is no part of TTFT and TPS
+        with suppress(ValueError):   # hardly room for a prompt
+            llm.generate([[0, 0]], SamplingParams(max_tokens=2, ignore_eos=True))
+        llm.next_id = 0
     import watch   # nothing else needs it
     watchers = [watch.Timeline(llm, args.timeline)] if args.timeline is not None else []
     watchers += [watch.Explanation(llm)] if args.explain else []
