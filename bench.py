@@ -237,10 +237,11 @@ class Lab:
     def __init__(self, args: argparse.Namespace, ceiling: bool = True, max_seqs: int = 32):
         self.source = config_of(args.random) if args.random else Path(args.model or DEMO)
         name = args.random or "/".join(self.source.parts[-2:])
-        self.llm = LLM(self.source, args.device, args.dtype, prefix_cache=False, max_seqs=max_seqs)
-        self.config, self.device, self.itemsize = self.llm.config, self.llm.device, DTYPES[self.llm.dtype].itemsize
-        if self.config.context < 256:
+        self.config = self.source if args.random else read_config(self.source)
+        if self.config.context < 256:   # before any weight is read
             raise ValueError(f"{name} has a context of {self.config.context}: the measurements need 256 at least")
+        self.llm = LLM(self.source, args.device, args.dtype, prefix_cache=False, max_seqs=max_seqs)
+        self.device, self.itemsize = self.llm.device, DTYPES[self.llm.dtype].itemsize
         print(f"{name} in {self.llm.dtype} on {machine(self.device)}, PyTorch {torch.__version__}")
         if ceiling:
             self.ceiling = peak, bandwidth = measured_ceiling(self.device, self.llm.dtype)

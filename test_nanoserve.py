@@ -2339,7 +2339,7 @@ def test_compiled_kernels_are_those_in_the_results():
 
 
 @pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
-def test_the_measurements_of_a_gpu_run_to_their_end(monkeypatch, capsys, tmp_path):
+def test_the_measurements_of_a_gpu_run_to_their_end(monkeypatch, capsys):
     """Where there is none, with a stand-in for the clock and in the interpreter."""
     def seconds(calls):
         for call in calls:
