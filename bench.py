@@ -1,4 +1,4 @@
-"""Measure, then compare with what the hardware allows. (Read nanoserve.py first.)
+"""Measure, then compare with what the hardware allows. (Read roofline.py first.)
 
     python bench.py             the two phases: what prefill and decode cost, and which limit binds each
     python bench.py batch       decode against batch size: what serving many costs beside serving one
@@ -6,18 +6,13 @@
     python bench.py traffic     the bytes of attention, naive and in tiles
     python bench.py estimate    all of this on paper, for a model and a machine that are not here
     python bench.py serve       continuous and static batching, chunked prefill, prefix cache, on the same requests
+    python bench.py sampling    what choosing tokens costs beside the rest of a decode step
     python bench.py cpu         prefill and decode on this CPU, beside transformers where that is installed
     python bench.py kernels     the attention kernels: without a GPU, what the compiler makes of them for GPUs that are
                                 not here; with one, whether they are right and how near to its limits they run
 
-The two limits: a step does operations and moves bytes, and takes at least operations / peak and at least bytes /
-bandwidth, whichever is longer (the roofline, Williams et al. 2009). Operations per byte are the arithmetic intensity
-of a step, peak / bandwidth is the balance of a machine, and the larger of the two says who waits for whom. Ceilings
-are measured on the machine, not read from its brochure, but for `estimate`, whose machines are not here.
-
-"The cat sat" on demo/llama in float32: its prefill does 12.2 MFLOP on 8.67 MB, 1.4 operations per byte, and a decode
-step after it 4.3 MFLOP on 8.66 MB, 0.5. Both are far below the balance of any machine: for three tokens and for one,
-what takes time is reading the weights. A prompt of 512 tokens does 223 operations per byte.
+Whoever else works on the machine disturbs a measurement. So what is compared is measured in turns, and the median turn
+counts; a ratio on which the turns do not agree is not printed.
 """
 
 from __future__ import annotations
@@ -30,19 +25,23 @@ import os
 import platform
 import random
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Callable
+from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from statistics import median, quantiles
 from types import SimpleNamespace
-from typing import NamedTuple
 from unittest.mock import patch
+
+from device import find_device   # before torch
 
 import torch
 import torch.nn.functional as F
@@ -50,35 +49,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 import nanoserve
-from kernels import Chunk, make_batch
-from model import DTYPES, RACES, Config, race_for, read_config
-from nanoserve import LLM, SamplingParams, check_writable, exit_status, find_device
+from batch import Chunk, make_batch
+from checkpoint import DTYPES, Config, read_config
+from cli import check_writable, exit_status
+from nanoserve import LLM, SamplingParams
+from roofline import (HARDWARE, SHAPES, Ceiling, clock, config_of, crossover, gpu_seconds, in_turns, kv_bytes, machine,
+                      measured_ceiling, on_paper, ratio, step_cost)
 
-
-def llama(V: int, E: int, I: int, L: int, H: int, K: int, **more) -> dict:
-    return dict(model_type="llama", vocab_size=V, hidden_size=E, intermediate_size=I, num_hidden_layers=L,
-                num_attention_heads=H, num_key_value_heads=K, max_position_embeddings=8192, dtype="bfloat16") | more
-
-
-# Shapes of known models, in the words of their config.json, for random weights: nothing is downloaded.
-SHAPES = {
-    "gpt2": dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12,
-                 dtype="bfloat16"),
-    "llama-135m": llama(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True),
-    "llama-1b": llama(128256, 2048, 8192, 16, 32, 8, tie_word_embeddings=True, rope_theta=500000.0),
-    "llama-2-7b": llama(32000, 4096, 11008, 32, 32, 32, max_position_embeddings=4096),
-    "llama-8b": llama(128256, 4096, 14336, 32, 32, 8, rope_theta=500000.0),
-    "qwen3-0.6b": llama(151936, 1024, 3072, 28, 16, 8, model_type="qwen3", head_dim=128, tie_word_embeddings=True,
-                        rope_theta=1e6),
-}
-SHAPES["llama-3-8b"] = SHAPES["llama-8b"]
 DEMO = Path(__file__).parent / "demo/llama"
-
-
-def config_of(shape: str) -> Config:
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
-        return read_config(Path(folder))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -115,14 +93,10 @@ def progress(text: str):
 
 
 def save_json(path: str, command: list[str], device: torch.device):
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "triton", "transformers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            pass
-    record = dict(command=command, date=datetime.datetime.now().isoformat(timespec="seconds"), machine=machine(device),
-                  versions=versions, tables=TABLES)
+    packages = [name for name in ("torch", "triton", "transformers") if find_spec(name)]
+    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    date = datetime.datetime.now().isoformat(timespec="seconds")
+    record = dict(command=command, date=date, machine=machine(device), versions=versions, tables=TABLES)
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -146,89 +120,6 @@ def save_plot(path: str, pyplot):
 
 
 # ---------------------------------------------------------------------------------------------
-# What a step must cost
-
-class Cost(NamedTuple):
-    flops: float
-    bytes: float
-
-
-def step_cost(c: Config, chunks: list[tuple[int, int]], itemsize: int, logits: int | None = None) -> Cost:
-    """Operations and bytes of one step for requests of (new, past) tokens, of whom `logits` (None: all) want logits.
-
-    Operations: two per weight of a layer and new token; two per weight of the head and request; four per head
-    dimension and pair of a query and a key that it sees (q.k and the weighted sum of v). Norms, RoPE and softmax are
-    left out: they are a few per mille. Bytes: each of these weights once, for all requests together; K and V of the
-    past once, and those of new tokens written and read. Activations stay in caches. (Pope et al. 2022, section 2.)
-    """
-    weights, head, logits = layer_weights(c), c.V * c.E, len(chunks) if logits is None else logits
-    new, pairs, kv = sum(n for n, _ in chunks), 0, 0
-    for window in c.windows:
-        w = window or c.context
-        pairs += sum(min(past + i + 1, w) for n, past in chunks for i in range(n)) if window else sum(
-            n * past + n * (n + 1) // 2 for n, past in chunks)
-        kv += 2 * c.K * c.D * (sum(min(past, w) for _, past in chunks) + 2 * new)
-    return Cost(2 * new * weights + 2 * logits * head + 4 * c.H * c.D * pairs,
-                itemsize * (weights + head * bool(logits) + kv))
-
-
-def layer_weights(c: Config) -> int:
-    """Weights of all layers that take part in products: q, k, v and out; up and down, and Llama's gate."""
-    return c.L * (c.E * (c.H + 2 * c.K) * c.D + c.H * c.D * c.E + c.I * c.E * (3 if c.family == "llama" else 2))
-
-
-def kv_bytes(c: Config, itemsize: int) -> int:
-    """Bytes of K and V per token of context."""
-    return 2 * c.L * c.K * c.D * itemsize
-
-
-class Ceiling(NamedTuple):
-    """A machine: operations per second in one dtype, bytes per second read from memory."""
-    peak: float
-    bandwidth: float
-
-    def seconds(self, cost: Cost) -> float:
-        """The least time in which a step can be done."""
-        return max(cost.flops / self.peak, cost.bytes / self.bandwidth)
-
-    def verdict(self, cost: Cost) -> str:
-        return "compute" if cost.flops / cost.bytes > self.peak / self.bandwidth else "memory"
-
-
-def measured_ceiling(device: torch.device, dtype: str) -> Ceiling:
-    """What this machine reaches at its best: the sum of a large tensor, and a large product."""
-    progress("measuring the ceilings")
-    x = torch.zeros(1 << 27, device=device)
-    size = 2048 if device.type == "cpu" else 8192
-    x_TE, weight = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in "xw")
-    product = race_for(x_TE, weight) if device.type == "cpu" else lambda x, w: x @ w.T
-
-    def least(call):   # a GPU's own clock: waiting for it takes a tenth of the time in which it reads x
-        return gpu_seconds([call]) if device.type == "cuda" else min(clock(call, device) for _ in range(30))
-    return Ceiling(2 * size ** 3 / least(lambda: product(x_TE, weight)), x.nbytes / least(x.sum))
-
-
-def clock(call, device: torch.device) -> float:
-    """Seconds of one call, the device's work included."""
-    wait = getattr(torch, device.type).synchronize   # on a CPU it returns at once
-    wait()
-    begin = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - begin
-
-
-def alternate(calls: list, device: torch.device, repeats: int = 3) -> list[float]:
-    """Median seconds of each call, run in turns, so that a noisy machine disturbs all alike, once they are warm."""
-    for call in calls:
-        before = None
-        while before != (before := sum(len(race.waiting) for race in RACES.values())):   # until no race moves on
-            call()
-    times = [[clock(call, device) for call in calls] for _ in range(repeats)]
-    return [statistics.median(column) for column in zip(*times)]
-
-
-# ---------------------------------------------------------------------------------------------
 # The engine under test
 
 class Lab:
@@ -244,16 +135,15 @@ class Lab:
         self.device, self.itemsize = self.llm.device, DTYPES[self.llm.dtype].itemsize
         print(f"{name} in {self.llm.dtype} on {machine(self.device)}, PyTorch {torch.__version__}")
         if ceiling:
+            progress("measuring the ceilings")
             self.ceiling = peak, bandwidth = measured_ceiling(self.device, self.llm.dtype)
             print(f"Ceilings as measured: {peak / 1e9:,.0f} GFLOP/s and {bandwidth / 1e9:,.0f} GB/s, a balance of "
-                  f"{peak / bandwidth:.0f} operations per byte")
+                  f"{self.ceiling.balance:.0f} operations per byte")
 
     def engine(self, **options) -> LLM:
         """Another LLM with the same weights. Each prompt is new to it unless prefix_cache is asked for."""
-        def weights(*_):
-            return self.llm.model.weights
-        with patch.object(nanoserve, "load_weights", weights), patch.object(nanoserve, "random_weights", weights):
-            return LLM(self.source, self.device, self.llm.dtype, **dict(prefix_cache=False, max_seqs=32) | options)
+        options = dict(prefix_cache=False, max_seqs=32) | options
+        return LLM(self.source, self.device, self.llm.dtype, weights=self.llm.model.weights, **options)
 
 
 def random_prompt(c: Config, n: int) -> list[int]:
@@ -269,35 +159,65 @@ def generate(llm: LLM, prompts: list[list[int]], new: list[int]):
         assert len(out.token_ids) == n
 
 
-def prefill_seconds(llm: LLM, B: int, T: int, repeats: int = 5) -> float:
-    """Median seconds to the first tokens of B prompts of T tokens."""
+def prefill_seconds(llm: LLM, B: int, T: int) -> float:
+    """Seconds to the first tokens of B prompts of T tokens."""
     prompts = [random_prompt(llm.config, T) for _ in range(B)]
-    return alternate([lambda: generate(llm, prompts, [1] * B)], llm.device, repeats)[0]
+    return clock(lambda: generate(llm, prompts, [1] * B), llm.device)
 
 
-def decode_seconds(llm: LLM, B: int, context: int, steps: int = 24) -> float:
-    """Median seconds of a decode step of B requests that have so many tokens, on average."""
+WARM = 4   # steps that do not count: on a GPU the first one of a batch size is compiled and recorded
+
+
+def decode_steps(llm: LLM, B: int, context: int, steps: int, params=lambda i: None) -> list[float]:
+    """Seconds of so many decode steps of B requests that have so many tokens, on average. params(i): with which
+    SamplingParams step i chooses, i < 0 for those that do not count; None: as before, at first greedily."""
     until_all_decode = 2 * B * (1 + context // llm.scheduler.max_batched_tokens)   # steps, at most
-    params = SamplingParams(max_tokens=until_all_decode + steps + 26, ignore_eos=True)
+    first = SamplingParams(max_tokens=until_all_decode + steps + WARM + 2, ignore_eos=True)
     for _ in range(B):
-        llm.add(random_prompt(llm.config, max(1, context - steps // 2 - 24)), params)
+        llm.add(random_prompt(llm.config, max(1, context - steps // 2 - WARM)), first)
     while any(request.pending > 1 for request in llm.requests.values()):
         llm.step()
-    seconds = [clock(llm.step, llm.device) for _ in range(steps + 24)]
+    seconds = []
+    for i in range(-WARM, steps):
+        for request in llm.requests.values():
+            request.params = params(i) or request.params
+        seconds.append(clock(llm.step, llm.device))
     if len(llm.requests) < B:
         raise ValueError("a request ended before its measurement did: its context is too short, or its logits are not "
                          "finite")
     for request_id in list(llm.requests):
         llm.abort(request_id)
-    return statistics.median(seconds[24:])   # the first ones compile, record or race
+    return seconds[WARM:]
 
 
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return f"{found[1] if found else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+def decode_seconds(llm: LLM, B: int, context: int, steps: int = 12) -> float:
+    """Median seconds of a decode step."""
+    return median(decode_steps(llm, B, context, steps))
+
+
+@contextmanager
+def stopwatch(llm: LLM):
+    """While it runs: the seconds of every call of the model (or of the graph that replays it) and of every choice of
+    tokens, as two lists."""
+    def timed(function, seconds: list[float]):
+        def call(*arguments):
+            results = []
+            seconds.append(clock(lambda: results.append(function(*arguments)), llm.device))
+            return results[0]
+        return call
+
+    model, choosing = [], []
+    owner, name = (llm.graphs, "replay") if llm.graphs else (llm, "forward")
+    with (patch.object(owner, name, timed(getattr(owner, name), model)),
+          patch.object(nanoserve, "choose", timed(nanoserve.choose, choosing))):
+        yield model, choosing
+
+
+def loop_seconds(llm: LLM, B: int, steps: int = 160) -> tuple[float, float, float]:
+    """Median seconds of a decode step, and of the model and of choosing tokens in it."""
+    with stopwatch(llm) as (model, choosing):
+        whole = decode_steps(llm, B, 128, steps)
+    return median(whole), median(model[-steps:]), median(choosing[-steps:])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -309,17 +229,19 @@ def phases(args: argparse.Namespace):
     longest = min(512, lab.config.context - 64)
     cases = [("prefill", prefill_seconds, 1, T, (T, 0)) for T in (longest // 16, longest // 4, longest)]
     cases += [("decode", decode_seconds, B, longest // 4, (1, longest // 4)) for B in (1, 4, 16)]
-    for phase, measured, B, T, chunk in cases:
-        progress(f"{phase}: {B} x {T}")
-        seconds, cost = measured(lab.llm, B, T), step_cost(lab.config, [chunk] * B, lab.itemsize)
+    progress("measuring in turns")
+    columns = in_turns([partial(measure, lab.llm, B, T) for _, measure, B, T, _ in cases])
+    for (phase, _, B, T, chunk), column in zip(cases, columns):
+        seconds, cost = median(column), step_cost(lab.config, [chunk] * B, lab.itemsize)
         rows.append([f"{phase} {B} x {T}", seconds * 1e3, B * chunk[0] / seconds, cost.flops / 1e6, cost.bytes / 1e6,
                      cost.flops / cost.bytes, cost.flops / seconds / lab.ceiling.peak * 100,
                      cost.bytes / seconds / lab.ceiling.bandwidth * 100, lab.ceiling.verdict(cost)])
-    gain = rows[2][2] / rows[3][2]
+    gain = ratio([longest * seconds for seconds in columns[3]], columns[2])   # of tokens/s
+    gain = "many" if gain == "-" else round(gain)
     print_table("The two phases (batch x tokens; a decode step makes one token per request)",
                 ["", "ms", "tokens/s", "MFLOP", "MB", "FLOP/B", "% of peak", "% of bandwidth", "bound"], rows,
                 "For a prompt, the time is TTFT; for batch 1, tokens/s of decode is TPS. A prompt's tokens share every "
-                f"weight read, so prefill does {gain:.0f} times as many tokens per second as decode at batch 1; "
+                f"weight read, so prefill does {gain} times as many tokens per second as decode at batch 1; "
                 "batching gives decode a part of that back. Where neither share is near 100%, fixed costs rule.",
                 ("FLOP/B", "% of peak"))
 
@@ -329,10 +251,9 @@ def batch(args: argparse.Namespace):
     it costs little more for several, until their own K and V, or their operations, outweigh the weights."""
     lab, rows, context = Lab(args), [], 128
     c, pool, sizes = lab.config, lab.llm.pool, [1, 2, 4, 8, 16, 32]
-    for B in sizes:
-        progress(f"decode: {B} x {context}")
-        seconds = decode_seconds(lab.llm, B, context)
-        floor = lab.ceiling.seconds(step_cost(c, [(1, context)] * B, lab.itemsize))
+    progress("measuring in turns")
+    for B, column in zip(sizes, in_turns([partial(decode_seconds, lab.llm, B, context) for B in sizes])):
+        seconds, floor = median(column), lab.ceiling.seconds(step_cost(c, [(1, context)] * B, lab.itemsize))
         rows.append([B, seconds * 1e3, B / seconds, 1 / seconds, floor * 1e3, floor / seconds * 100])
     knee = next((row[0] for row in rows if row[1] > 2 * rows[0][1]), None)
     turn = f"batch {knee} is the first to take more" if knee else f"batch {sizes[-1]} takes less"
@@ -346,17 +267,6 @@ def batch(args: argparse.Namespace):
                 f"{pool.num_blocks * pool.block_size // c.context} of them.", ("batch", "tokens/s", "each"))
 
 
-def crossover(c: Config, ceiling: Ceiling, context: int, itemsize: int) -> str:
-    """From which batch on a decode step has more operations than the machine does while its bytes arrive."""
-    one, two = (step_cost(c, [(1, context)] * B, itemsize) for B in (1, 2))
-    flops, each = two.flops - one.flops, two.bytes - one.bytes        # per request
-    balance = ceiling.peak / ceiling.bandwidth
-    if flops <= balance * each:
-        return (f"compute-bound at no batch, as a request brings {flops / each:.0f} operations per byte of its K and V "
-                f"and the machine's balance is {balance:.0f}")
-    return f"compute-bound at batch {balance * (one.bytes - each) / (flops - balance * each):.0f}"
-
-
 def kv_cache(args: argparse.Namespace):
     """A token's cost with the KV cache, and with the whole prefix computed again."""
     lab, rows, total = Lab(args, ceiling=False), [], [0.0, 0.0]
@@ -364,9 +274,10 @@ def kv_cache(args: argparse.Namespace):
     before = (0, 0.0, 0.0)
     for T in [n for n in (32, 64, 128, 256, 512, 1024) if n < most] + [most]:
         progress(f"a token at position {T}")
-        now = (T, decode_seconds(lab.llm, 1, T, 12), prefill_seconds(lab.llm, 1, T, 3))
+        cached, again = in_turns([partial(decode_seconds, lab.llm, 1, T), partial(prefill_seconds, lab.llm, 1, T)])
+        now = (T, median(cached), median(again))
         total = [s + (now[0] - before[0]) * (now[i] + (before[i] or now[i])) / 2 for i, s in enumerate(total, 1)]
-        rows.append([T, now[1] * 1e3, now[2] * 1e3, now[2] / now[1], *total, total[1] / total[0]])
+        rows.append([T, now[1] * 1e3, now[2] * 1e3, ratio(again, cached), *total, total[1] / total[0]])
         before = now
     print_table("The next token at a position: with the KV cache, and recomputing its whole prefix",
                 ["position", "cached ms", "recomputed ms", "ratio", "total s", "recomputed total s", "ratio of totals"],
@@ -386,10 +297,10 @@ def traffic(args: argparse.Namespace):
         progress(f"attention over {T} tokens")
         naive, tiled = 8 * T * T + 8 * T * d, 8 * T * d
         q, k, v = (torch.randn(1, 1, T, d, device=device, dtype=dtype) for _ in "qkv")
-        slow, fast = alternate([lambda: (q @ k.mT * d ** -0.5).softmax(-1) @ v,
-                                lambda: F.scaled_dot_product_attention(q, k, v)], device, 5)
-        rows.append([T, 8 * T * T / 2 ** 20, naive / 2 ** 20, tiled / 2 ** 20, naive / tiled, T / d, slow * 1e3,
-                     fast * 1e3, slow / fast])
+        ways = (lambda: (q @ k.mT * d ** -0.5).softmax(-1) @ v, lambda: F.scaled_dot_product_attention(q, k, v))
+        slow, fast = in_turns([partial(clock, way, device) for way in ways])
+        rows.append([T, 8 * T * T / 2 ** 20, naive / 2 ** 20, tiled / 2 ** 20, naive / tiled, T / d, median(slow) * 1e3,
+                     median(fast) * 1e3, ratio(slow, fast)])
     print_table(f"Attention's traffic for one head of size {d}, two-byte types; times: {dtype} on {machine(device)}",
                 ["tokens", "8 T^2 MiB", "naive MiB", "tiled MiB", "ratio", "T / d", "naive ms", "tiled ms", "faster"],
                 rows, "Naive attention writes the T x T scores, reads them for the softmax, writes the weights and "
@@ -398,44 +309,19 @@ def traffic(args: argparse.Namespace):
                 "Time follows bytes only where bytes are the limit.", ("tokens", "naive ms", "tiled ms"))
 
 
-HARDWARE = {   # the makers' data sheets: dense operations per second in bfloat16 (m3-max: float16), bytes per second
-    "a100": Ceiling(312e12, 2.039e12), "h100": Ceiling(989e12, 3.35e12), "h200": Ceiling(989e12, 4.8e12),
-    "rtx-4090": Ceiling(165e12, 1.008e12), "m3-max": Ceiling(28e12, 0.4e12)}
-
-
 def estimate(args: argparse.Namespace):
     """What a model must cost on a machine, on paper, each formula with its numbers in it."""
     name = args.random or args.model or "llama-3-8b"
     path = Path(name)
     c = config_of(name) if name in SHAPES else read_config(path.parent if path.name == "config.json" else path)
+    if args.hardware == "cpu":
+        progress("measuring the ceilings")
     m = measured_ceiling(torch.device("cpu"), "bfloat16") if args.hardware == "cpu" else HARDWARE[args.hardware]
-    T, weights, kv, G = min(args.context, c.context), layer_weights(c), kv_bytes(c, 2), 1e9
-    P, decode, prefill = weights + c.V * c.E, step_cost(c, [(1, T)], 2), step_cost(c, [(T, 0)], 2)
-    tps, ttft = 1 / m.seconds(decode), m.seconds(prefill)
-    met, size, per_token = f"{P / G:.2f} G", f"{2 * P / G:.2f} GB", f"{kv / 1024:.0f} KiB"   # for later rows
-    read, ops, prompt = f"{decode.bytes / G:.2f}", f"{decode.flops / G:.1f}", f"{prefill.flops / 1e12:.2f} TFLOP"
-    peak, memory = f"{m.peak / 1e12:.1f} TFLOP/s", f"{m.bandwidth / 1e12:.3f} TB/s"
-    step, wait, speed = f"{1e3 / tps:.2f} ms", f"{ttft * 1e3:.1f} ms", f"{T / ttft:,.0f}"
-    rows = [
-        ["weights that a token meets", f"{weights / G:.3f} G in layers + V E = {c.V} x {c.E}", met],
-        ["their bytes", f"2 x {met}", size],
-        ["K and V per token", f"2 x L K D x 2 = 2 x {c.L} x {c.K} x {c.D} x 2", per_token],
-        ["the same without GQA", f"2 x L H D x 2 = 2 x {c.L} x {c.H} x {c.D} x 2", f"{kv * c.H // c.K / 1024:.0f} KiB"],
-        [f"bytes of a decode step at {T}", f"{size} + {T} x {per_token}", f"{read} GB"],
-        ["its operations", f"2 x {met} + 4 L H D x {T}", f"{ops} GFLOP"],
-        ["its intensity", f"{ops} / {read}", f"{decode.flops / decode.bytes:.2f} FLOP/B"],
-        [f"balance of {args.hardware}", f"{peak} / {memory}", f"{m.peak / m.bandwidth:.0f} FLOP/B"],
-        ["its least time", f"{read} GB / {memory}" if m.verdict(decode) == "memory" else f"{ops} GFLOP / {peak}", step],
-        ["bound on TPS at batch 1", f"1 / {step}", f"{tps:.0f} tokens/s"],
-        [f"operations of a prompt of {T}", f"2 x {weights / G:.2f} G x {T} + 2 V E + 2 L H D x {T} x {T + 1}", prompt],
-        ["bound on its TTFT", f"{prompt} / {peak}" if m.verdict(prefill) == "compute" else
-         f"{prefill.bytes / G:.2f} GB / {memory}", wait],
-        ["prefill tokens/s", f"{T} / {wait}", speed],
-        ["prefill over decode, per token", f"{speed} / {tps:.0f}", f"{T / ttft / tps:.0f} times"],
-    ]
+    T = min(args.context, c.context)
+    decode, prefill = (m.verdict(step_cost(c, [chunk], 2)) for chunk in ((1, T), (T, 0)))
     print_table(f"{name} in bfloat16 on {args.hardware}, {T} tokens of context, on paper",
-                ["", "formula", "value"], rows,
-                f"Decode at batch 1 is {m.verdict(decode)}-bound, a prompt of {T} {m.verdict(prefill)}-bound. Decode "
+                ["", "formula", "value"], on_paper(c, m, args.hardware, T),
+                f"Decode at batch 1 is {decode}-bound, a prompt of {T} {prefill}-bound. Decode "
                 f"with {T} tokens of context each turns {crossover(c, m, T, 2)}; with next to none, "
                 f"{crossover(c, m, 1, 2)}." + " Values count sliding windows, formulas do not." * any(c.windows))
 
@@ -475,9 +361,9 @@ def compare(title: str, contestants: dict, make, note: str):
                 found[name].setdefault(key, []).extend(values if turn else [])
     rows = []
     for name, seen in found.items():
-        times = [statistics.quantiles(seen[key], n=100, method="inclusive")[p - 1] * 1e3
+        times = [quantiles(seen[key], n=100, method="inclusive")[p - 1] * 1e3
                  for key in ("ttft", "gap") for p in (50, 95, 99)]
-        rows.append([name, statistics.median(seen["tokens/s"]), *times, max(seen["gap"]) * 1e3])
+        rows.append([name, median(seen["tokens/s"]), *times, max(seen["gap"]) * 1e3])
     print_table(title, ["", "tokens/s", "TTFT p50", "p95", "p99 ms", "gap p50", "p95", "p99", "longest ms"], rows, note)
 
 
@@ -518,20 +404,33 @@ def serve(args: argparse.Namespace):
           f"{1 - (model + choosing) / step:.1%}.")
 
 
-def loop_seconds(llm: LLM, B: int) -> tuple[float, float, float]:
-    """Median seconds of a decode step, and of the model and of choosing tokens in it."""
-    model, choosing, name = [], [], "model" if llm.graphs is None else "_replay"
+WAYS = {"greedy": {}, "temperature 0.8": {}, "top-k 50": dict(top_k=50), "top-k 1000": dict(top_k=1000),
+        "top-p 0.9": dict(top_p=0.9), "top-k 1000, top-p 0.9": dict(top_k=1000, top_p=0.9)}
 
-    def timed(function, seconds: list[float]):
-        def call(*arguments):
-            results = []
-            seconds.append(clock(lambda: results.append(function(*arguments)), llm.device))
-            return results[0]
-        return call
-    with (patch.object(llm, name, timed(getattr(llm, name), model)),
-          patch.object(nanoserve, "choose", timed(nanoserve.choose, choosing))):
-        whole = decode_seconds(llm, B, 128, 160)
-    return whole, statistics.median(model[40:]), statistics.median(choosing[40:])
+
+def sampling(args: argparse.Namespace):
+    """A decode step with each way of choosing tokens, in turns: the same requests take one way after the other."""
+    rows, steps = [], 10 * len(WAYS)
+    ways = [SamplingParams(ignore_eos=True, temperature=0.8 if i else 0.0, seed=0, **way)
+            for i, way in enumerate(WAYS.values())]
+    for shape in [args.random] if args.random else ["gpt2", "llama-1b"]:
+        progress(f"making {shape}")
+        llm = LLM(config_of(shape), args.device, args.dtype, prefix_cache=False, max_seqs=16, num_blocks=256)
+        print(f"{shape} (V = {llm.config.V:,}) in {llm.dtype} on {machine(llm.device)}, PyTorch {torch.__version__}")
+        for B in (1, 16):
+            with stopwatch(llm) as (_, choosing):
+                seconds = decode_steps(llm, B, 64, steps, lambda i: ways[i % len(ways)])
+            turns = [(seconds[i::len(ways)], choosing[-steps:][i::len(ways)]) for i in range(len(ways))]
+            for name, (step, choice) in zip(WAYS, turns):
+                rows.append([f"{shape}, batch {B}: {name}", median(step) * 1e3, ratio(step, turns[0][0]),
+                             median(choice) * 1e3, median(a / b for a, b in zip(choice, step)) * 100])
+        del llm   # before the next one is made
+    name, *_, most = max(rows, key=lambda row: row[-1])
+    print_table("Choosing tokens, at temperature 0.8 where not greedy, random weights",
+                ["", "ms per step", "of greedy", "choosing ms", "% of step"], rows,
+                f"Choosing takes {show(most)}% of a step at most ({name}). A step costs the same whichever way its "
+                "tokens are chosen where the second column stays near 1. Random weights find thousands of tokens about "
+                "as likely as the best one, which is the hardest case: a trained model is sure more often.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -585,24 +484,28 @@ def speeds(llm: LLM, systems: list, case: str, lens: list[int], new: list[int], 
     """Ours in tokens per second, what of the ceiling it reaches, theirs, and the ratio."""
     prompts, decode = [random_prompt(llm.config, n) for n in lens], case.startswith("decode")
     runs = [new, [1] * len(new)] if decode else [new]
-    seconds = alternate([partial(system, prompts, run) for system in systems for run in runs], llm.device,
-                        1 if "mixed" in case else 3)
+    calls = [partial(system, prompts, run) for system in systems for run in runs]
+    columns = in_turns([partial(clock, call, llm.device) for call in calls], 3)
     tokens, reached = sum(new), ["-", "-"]
     if decode:   # less the time for first tokens
-        seconds, tokens = [a - b for a, b in zip(seconds[::2], seconds[1::2])], tokens - len(new)
+        columns = [[a - b for a, b in zip(*pair)] for pair in zip(columns[::2], columns[1::2])]
+        tokens -= len(new)
+    ours, *others = map(median, columns)
+    if decode and ours > 0:
         step = step_cost(llm.config, [(1, n + m // 2) for n, m in zip(lens, new)], DTYPES[llm.dtype].itemsize)
-        moved = step.bytes * (new[0] - 1) / seconds[0]
+        moved = step.bytes * (new[0] - 1) / ours
         reached = [f"{moved / 1e9:.0f} GB/s", moved / ceiling.bandwidth * 100]
     elif case.startswith("prefill"):   # quoted by the prompt's tokens
-        tokens, flops = lens[0], step_cost(llm.config, [(lens[0], 0)], 1).flops / seconds[0]
+        tokens, flops = lens[0], step_cost(llm.config, [(lens[0], 0)], 1).flops / ours
         reached = [f"{flops / 1e9:.0f} GFLOP/s", flops / ceiling.peak * 100]
-    theirs = [round(tokens / seconds[1]), seconds[1] / seconds[0]] if len(systems) > 1 else ["-", "-"]
-    return [round(tokens / seconds[0]), *reached, *theirs]
+    rates = [round(tokens / seconds) if seconds > 0 else "-" for seconds in (ours, *others)]   # 0 or less: a neighbour
+    return [rates[0], *reached, *([rates[1], ratio(columns[1], columns[0])] if others else ["-", "-"])]
 
 
 def cpu(args: argparse.Namespace):
     """Prefill, decode and a crowd, against this CPU's ceilings and beside transformers; then what a context costs."""
     device = torch.device("cpu")
+    progress("measuring the ceilings")
     ceilings = {dtype: measured_ceiling(device, dtype) for dtype in ("float32", "bfloat16")}
     bandwidth = max(ceiling.bandwidth for ceiling in ceilings.values())
     theirs = transformers()
@@ -628,12 +531,12 @@ def cpu(args: argparse.Namespace):
 
     rows, c = [], config_of("llama-135m")
     for dtype in ("float32", "bfloat16"):
-        llm, seconds = LLM(c, "cpu", dtype, prefix_cache=False, max_seqs=1), {}
-        for context in (128, 4096, 128, 4096):   # the first two also let the races run
-            seconds[context] = decode_seconds(llm, 1, context, 40)
-        extra = seconds[4096] - seconds[128]
+        llm = LLM(c, "cpu", dtype, prefix_cache=False, max_seqs=1)
+        short, long = in_turns([partial(decode_seconds, llm, 1, context) for context in (128, 4096)])
+        extra = [b - a for a, b in zip(short, long)]
         floor = 3968 * kv_bytes(c, DTYPES[dtype].itemsize) / bandwidth
-        rows.append([dtype, *(x * 1000 for x in (seconds[128], seconds[4096], extra, floor)), extra / floor])
+        rows.append([dtype, *(x * 1000 for x in (median(short), median(long), median(extra), floor)),
+                     ratio(extra, [floor] * len(extra))])
     print_table("What a long context adds to a decode step of llama-135m",
                 ["", "ms at 128", "ms at 4096", "extra ms", "its bytes / bandwidth, ms", "ratio"], rows)
     step, model, _ = loop_seconds(LLM(DEMO, "cpu"), 1)
@@ -688,11 +591,11 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def launch_all(D: int, dtype: torch.dtype = torch.bfloat16, S: int = 64, H: int = 32, K: int = 8,
-               window: int | None = None, slopes_H: torch.Tensor | None = None):
+               window: int | None = None):
     """One launch of every kernel."""
     q, k, v, batch, scale = paged_inputs([(1, 99), (80, 0)], H, K, D, S, dtype)
     kernels.write_kv_triton(q[:, :K], q[:, :K], k, v, batch.slots_T)
-    kernels.attention_triton(q, k, v, batch, scale, window, slopes_H)
+    kernels.attention_triton(q, k, v, batch, scale, window)
 
 
 def show_compiled():
@@ -724,26 +627,6 @@ def paged_inputs(lens: list[tuple[int, int]], H: int, K: int, D: int, S: int, dt
     return q, k, v, batch, D ** -0.5
 
 
-def gpu_seconds(calls: list, repeats: int = 20) -> float:
-    """Median seconds of one call, by CUDA events around a replayed graph of all of them: launching costs nothing."""
-    for call in calls:   # compile, plan
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(repeats + 2):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1000 / len(calls))
-    return statistics.median(times[2:])
-
-
 CACHE = 2e8   # bytes, more than the L2 cache of any GPU: so much is read before anything is read again
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}   # of results around 1
 
@@ -770,22 +653,26 @@ def check_kernels(device: torch.device, lens: list[tuple[int, int]], dtypes=tupl
     print(f"All kernels equal the float64 definition; the largest error is {worst:.0%} of what the dtype allows.")
 
 
+def cold(make: Callable[[], list], moved: float) -> list[list]:
+    """Inputs by `make`, so many that others of more than a cache come before each is read again. moved: bytes of one"""
+    return [make() for _ in range(1 + int(CACHE / moved))]
+
+
 def time_prefill(device: torch.device, dtype: torch.dtype, lengths: tuple[int, ...], peak: float, H=32, K=8, D=128):
     """Beside PyTorch's kernels, which get contiguous K and V."""
     rows = []
     for T in lengths:
         progress(f"prefill {T}")
-        operations = 4 * D * H * T * T / 2
-        copies = 1 + int(CACHE / (T * (H + 2 * K) * D * dtype.itemsize))
-        sets = [paged_inputs([(T, 0)], H, K, D, 64, dtype, device) for _ in range(copies)]
-        ours = gpu_seconds([lambda s=s: kernels.attention_triton(*s) for s in sets])
+        operations, moved = 4 * D * H * T * T / 2, T * (H + 2 * K) * D * dtype.itemsize
+        sets = cold(partial(paged_inputs, [(T, 0)], H, K, D, 64, dtype, device), moved)
+        ours = gpu_seconds([partial(kernels.attention_triton, *s) for s in sets])
         row = [f"prefill {T}", f"{operations / ours / 1e12:.0f} TFLOP/s", f"{operations / ours / peak:.0%}"]
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-            sets = [[torch.randn(1, h, T, D, device=device, dtype=dtype) for h in (H, K, K)] for _ in range(copies)]
+            sets = cold(lambda: [torch.randn(1, h, T, D, device=device, dtype=dtype) for h in (H, K, K)], moved)
             try:
                 with sdpa_kernel(backend):
-                    row.append(gpu_seconds([lambda s=s: F.scaled_dot_product_attention(
-                        *s, is_causal=True, enable_gqa=True) for s in sets]) / ours)
+                    row.append(gpu_seconds([partial(F.scaled_dot_product_attention, *s, is_causal=True, enable_gqa=True)
+                                            for s in sets]) / ours)
             except RuntimeError:   # a build of PyTorch without this backend
                 row.append("-")
         rows.append(row)
@@ -800,8 +687,8 @@ def time_decode(device: torch.device, dtype: torch.dtype, loads: list[tuple[int,
     for B, T in loads:
         progress(f"decode {B} x {T}")
         moved = 2 * B * T * K * D * dtype.itemsize
-        sets = [paged_inputs([(1, T - 1)] * B, H, K, D, 64, dtype, device) for _ in range(1 + int(CACHE / moved))]
-        seconds = gpu_seconds([lambda s=s: kernels.attention_triton(*s) for s in sets])
+        sets = cold(partial(paged_inputs, [(1, T - 1)] * B, H, K, D, 64, dtype, device), moved)
+        seconds = gpu_seconds([partial(kernels.attention_triton, *s) for s in sets])
         rows.append([f"decode {B} x {T}", f"{seconds * 1e6:.0f} us", f"{moved / seconds / 1e12:.2f} TB/s",
                      f"{moved / seconds / bandwidth:.0%}"])
     print_table(f"Decode through block tables, {dtype}, {H}:{K} heads, head size {D}",
@@ -819,7 +706,7 @@ def time_texts(shapes: tuple[str, ...], bandwidth: float):
             rows.append([shape, "does not fit", "-", "-"])
             continue
         llm.generate([[1] * 100], params)   # compile and record
-        tps = statistics.median(llm.generate([[1] * 100], params)[0].tps for _ in range(5))
+        tps = median(llm.generate([[1] * 100], params)[0].tps for _ in range(5))
         bound = bandwidth / step_cost(llm.config, [(1, 300)], DTYPES[llm.dtype].itemsize).bytes   # at the mean context
         rows.append([f"{shape} {llm.dtype}", f"{tps:.0f}", f"{bound:.0f}", f"{tps / bound:.0%}"])
         del llm
@@ -860,7 +747,7 @@ def kernels_command(args: argparse.Namespace):
 
 
 COMMANDS = {"phases": phases, "batch": batch, "cache": kv_cache, "traffic": traffic, "estimate": estimate,
-            "serve": serve, "cpu": cpu, "kernels": kernels_command}
+            "serve": serve, "sampling": sampling, "cpu": cpu, "kernels": kernels_command}
 
 
 def main(argv: list[str] | None = None) -> int:

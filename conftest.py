@@ -1,5 +1,49 @@
-"""One option more for pytest: how long the soak test runs."""
+"""What all tests share: settings, options, and checkpoints with their greedy tokens."""
+
+import os
+import random
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # for the fixture `poisoned`, on a GPU
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from reference import CONFIGS, NEW, plain_greedy, tensors_of, write_checkpoint
+
+torch.set_num_threads(1)   # the tensors are tiny, and the other core may be running another test
+settings.register_profile("nanoserve", deadline=None, derandomize=True, print_blob=True,
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.load_profile("nanoserve")
 
 
 def pytest_addoption(parser):
     parser.addoption("--soak-minutes", type=float, default=0.05, help="for -k soak (default: 3 seconds)")
+    parser.addoption("--poison", action="store_true", help="fill all memory that nobody wrote with NaN, in every test")
+
+
+@pytest.fixture
+def poisoned():
+    """Every torch.empty is filled with NaN, so that an element that a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_everywhere(request):
+    if request.config.getoption("--poison"):
+        request.getfixturevalue("poisoned")
+
+
+@pytest.fixture(scope="session")
+def lone(tmp_path_factory):
+    """For each config: its folder, prompts (some with a common beginning) and each one's greedy tokens by the plain forward."""
+    made = {}
+    for name, config in CONFIGS.items():
+        tensors, rng = tensors_of(config), random.Random(3)
+        folder = write_checkpoint(tmp_path_factory.mktemp(name), config, tensors)
+        common = [rng.randrange(61) for _ in range(50)]
+        prompts = [common[:n] + [rng.randrange(61) for _ in range(m)]
+                   for n, m in [(0, 1), (0, 2), (0, 40), (20, 3), (20, 30), (33, 1), (50, 1), (50, 9), (50, 0)]]
+        made[name] = folder, prompts, [plain_greedy(config, tensors, p, NEW) for p in prompts]
+    return made

@@ -1,4 +1,4 @@
-"""Attention over paged KV: the same math in two regimes. (Read paged_kv.py first; next comes model.py.)
+"""Attention over paged KV: the same math in two regimes. (Read batch.py first; next comes model.py.)
 
 Attention is written three times here, with one signature: naive (the definition), torch (any
 device) and Triton (GPUs, or Triton's interpreter on a CPU). All three read K and V through block
@@ -15,9 +15,9 @@ last. A query row is one query head of one token, and the G query heads that sha
 
 An H100 does 295 operations in the time of a byte (`python bench.py estimate --hardware h100`): prefill, with
 the hundreds of rows of a chunk, is bound by arithmetic, decode by bandwidth. (A tile holds 128 rows at a time;
-its neighbours find the same keys in the L2 cache.) Decode has another trouble: a few rows cannot fill a machine.
-So its keys are cut into splits that run side by side, and merge by the recurrence of online softmax: its three
-running values are all that a split leaves behind.
+the tiles beside it find the same keys in the L2 cache.) Decode has another trouble: a few rows cannot fill a
+machine. So its keys are cut into splits that run side by side, and merge by the recurrence of online softmax:
+its three running values are all that a split leaves behind.
 
 Nobody keeps q, by the way: a later token asks with its own query, and needs only keys and values.
 
@@ -29,17 +29,17 @@ slot 4 * 2 + 0 = 8 and reads slots 6, 7 and 8.
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
-from array import array
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from batch import Batch, Chunk, make_batch
 
 # Without a GPU the kernels run in Triton's interpreter, which must be chosen before anybody imports Triton.
 if "triton" not in sys.modules:
@@ -69,92 +69,19 @@ def load_triton():
     for function in KERNELS:   # index tensors are views at any offset: that must not compile a kernel anew
         globals()[function.__name__] = triton.jit(
             function, do_not_specialize_on_alignment=[
-                "tables_ptr", "query_starts_ptr", "kv_lens_ptr", "slots_ptr", "slopes_ptr"])
+                "tables_ptr", "query_starts_ptr", "kv_lens_ptr", "slots_ptr"])
     return triton
-
-
-# ---------------------------------------------------------------------------------------------
-# What one step looks like to the model and the kernels
-
-@dataclass(slots=True)
-class Chunk:
-    """Consecutive tokens of one request: a prompt, a piece of one, or the one token of a decode."""
-    tokens: list[int]
-    start: int          # position of tokens[0] in its request
-    blocks: list[int]   # the request's block table, covering at least start + len(tokens) tokens
-    logits: int = 1     # how many of its last tokens want logits
-    row: int = 0        # where the device holds that block table, among all of them
-
-
-@dataclass
-class Batch:
-    """The chunks of one step, flattened to T tokens of B requests. Build it with `make_batch`.
-
-    Requests with a single query token come first, be it sampled or a piece of a prompt: in Triton these
-    `num_decodes` go to the decode kernel and the others to the prefill kernel, so a mixed step takes one
-    launch of each per layer. All tensors are int64 views of `memory`, which reaches the device in one transfer.
-    """
-    memory: Tensor
-    tokens_T: Tensor           # token ids
-    positions_T: Tensor        # each token's position in its request
-    slots_T: Tensor            # where its K and V go: block * S + offset; -1: nowhere
-    query_starts: Tensor       # [B + 1], request b owns rows query_starts[b]:query_starts[b + 1]
-    kv_lens: Tensor            # [B], tokens that request b can look back on, its chunk included
-    table_rows: Tensor         # [B], request b has block table block_tables_UM[table_rows[b]]
-    logit_rows: Tensor         # the rows whose logits are wanted, request by request
-    block_tables_UM: Tensor    # on the device, whoever runs in this step; what lies behind a table's end is not read
-    chunks: list[Chunk]
-    starts: list[int]          # query_starts, for Python
-    lens: list[int]            # kv_lens, for Python
-    num_decodes: int
-    plans: dict = field(default_factory=dict)  # what a launcher worked out once for all layers
-
-
-def make_batch(chunks: list[Chunk], block_size: int, device: torch.device | str = "cpu",
-               block_tables_UM: Tensor | None = None) -> Batch:
-    """Flatten chunks into the index tensors of one step; decodes must come before longer chunks.
-
-    block_tables_UM: the tables as the device holds them (chunk.row says where); None: they are made from chunk.blocks.
-    """
-    if block_tables_UM is None:
-        tables = [chunk.blocks for chunk in chunks]
-        width = max(1, *map(len, tables))
-        block_tables_UM = torch.tensor([table + [0] * (width - len(table)) for table in tables]).to(device)
-        chunks = [replace(chunk, row=row) for row, chunk in enumerate(chunks)]
-    S, n = block_size, sum(len(chunk.tokens) == 1 for chunk in chunks)
-    decodes, prompts = chunks[:n], chunks[n:]
-    assert all(len(chunk.tokens) > 1 for chunk in prompts), "decodes come first"
-    tokens = [chunk.tokens[0] for chunk in decodes]
-    positions = [chunk.start for chunk in decodes]
-    slots = [chunk.blocks[t // S] * S + t % S if chunk.blocks else -1 for chunk, t in zip(decodes, positions)]
-    logit_rows = [row for row, chunk in enumerate(decodes) if chunk.logits]
-    lens = [chunk.start + 1 if chunk.blocks else 0 for chunk in decodes]
-    starts = list(range(n + 1))
-    for chunk in prompts:
-        lens.append(chunk.start + len(chunk.tokens))
-        tokens += chunk.tokens
-        positions += range(chunk.start, lens[-1])
-        slots += [chunk.blocks[t // S] * S + t % S for t in range(chunk.start, lens[-1])]
-        logit_rows += range(len(tokens) - chunk.logits, len(tokens))
-        starts.append(len(tokens))
-    parts = tokens, positions, slots, starts, lens, [chunk.row for chunk in chunks], logit_rows
-    memory = torch.frombuffer(array("q", sum(parts, [])), dtype=torch.int64).to(device)
-    return Batch(memory, *memory.split(list(map(len, parts))), block_tables_UM, chunks, starts, lens, n)
-
-
-PADDING = Chunk([0], 0, [])   # a request that owns nothing and writes nowhere, to fill up a CUDA graph
 
 
 # ---------------------------------------------------------------------------------------------
 # The definition
 
 def attention_naive(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch, scale: float,
-                    window: int | None = None, slopes_H: Tensor | None = None) -> Tensor:
-    """softmax(scale * q k^T + bias + mask) v in float64, one request and one head at a time; [T, H, D].
+                    window: int | None = None) -> Tensor:
+    """softmax(scale * q k^T + mask) v in float64, one request and one head at a time; [T, H, D].
 
-    A query at position p sees keys at positions (p - window, p]; query head h uses KV head h // G, and
-    with slopes (ALiBi, Press et al. 2022) loses slopes[h] per token of distance; no family in model.py
-    has them. scale > 0. This is what the other two must equal.
+    A query at position p sees keys at positions (p - window, p]; query head h uses KV head h // G. scale > 0.
+    This is what the other two must equal.
     """
     out_THD = torch.empty_like(q_THD)
     G = q_THD.shape[1] // k_KNSD.shape[0]
@@ -167,14 +94,20 @@ def attention_naive(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
             k_TD = k_KNSD[h // G, table].flatten(0, 1)[:kv_len].double()
             v_TD = v_KNSD[h // G, table].flatten(0, 1)[:kv_len].double()
             scores = q_THD[rows, h].double() @ k_TD.T * scale
-            if slopes_H is not None:
-                scores -= slopes_H[h].double() * distance
+            if bias:
+                scores += bias(torch.tensor(h, device=q_THD.device), distance)
             out_THD[rows, h] = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v_TD).to(out_THD)
     return out_THD
 
 
+# The seam for experiments: what is added to the scores. A function from query heads and from distances in tokens, two
+# tensors that broadcast, to the bias; in the Triton kernels it is `_bias`. ALiBi (Press et al. 2022) with 8 heads is
+#     bias = lambda head, distance: -2.0 ** -(head + 1) * distance
+bias = None
+
+
 def write_kv_torch(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, slots_T: Tensor):
-    """Put the step's K and V into their slots of the pool."""
+    """Put the step's K and V into their slots of the pool. No slot is -1: only the graphs' idle requests have those."""
     k_KNSD.flatten(1, 2)[:, slots_T] = k_TKD.transpose(0, 1)
     v_KNSD.flatten(1, 2)[:, slots_T] = v_TKD.transpose(0, 1)
 
@@ -183,90 +116,107 @@ def write_kv_torch(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor,
 # PyTorch, any device
 
 def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch, scale: float,
-                    window: int | None = None, slopes_H: Tensor | None = None) -> Tensor:
-    """Attention by PyTorch's fused kernel, in few calls per layer.
+                    window: int | None = None) -> Tensor:
+    """Attention by PyTorch's fused kernel, which cannot walk a block table, in few calls per layer.
 
-    A decode is one row of queries per KV head, and what it costs is reading K and V once: where a request's blocks
-    are neighbours they are one view [K, keys, D], read in place. A prefill is a call per chunk.
+    What a decode costs is reading K and V once, so a long one is read in place: its blocks, if they are neighbours in
+    the pool, are one view [K, keys, D]. Other keys are gathered first. Short decodes share a call.
     """
-    (_, H, D), K, outs = q_THD.shape, len(k_KNSD), []
-    for keys in plan_torch(batch, k_KNSD, window, slopes_H):
-        k_BKTD, v_BKTD = keys.take(k_KNSD, 0), keys.take(v_KNSD, 1)
-        q_TKGD = q_THD[keys.rows].view(-1, K, H // K, D)
-        if keys.decodes:    # B requests of one token: the G query heads that share a KV head are its rows
-            o_TKGD = scaled_dot_product_attention(q_TKGD, k_BKTD, v_BKTD, keys.mask, scale=scale)
+    (_, H, D), K = q_THD.shape, len(k_KNSD)
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    for call in batch.once(("torch", window), lambda: plan_torch(batch, H, k_KNSD, window)):
+        k_BKTD, v_BKTD = call.read(k_KNSD), call.read(v_KNSD)
+        q_TKGD = q_THD[call.rows].view(-1, K, H // K, D)
+        if call.decodes:    # B requests of one token: the G query heads that share a KV head are its rows
+            o_TKGD = scaled_dot_product_attention(q_TKGD, k_BKTD, v_BKTD, call.mask, scale=scale)
         else:               # B = 1, and every KV head is seen G times
             k_KGTD, v_KGTD = (x.transpose(0, 1).expand(-1, H // K, -1, -1) for x in (k_BKTD, v_BKTD))
-            o_TKGD = scaled_dot_product_attention(q_TKGD.permute(1, 2, 0, 3), k_KGTD, v_KGTD, keys.mask, scale=scale,
-                                                  is_causal=keys.mask is None).permute(2, 0, 1, 3)
-        outs.append(o_TKGD.flatten(1, 2))
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+            o_TKGD = scaled_dot_product_attention(q_TKGD.permute(1, 2, 0, 3), k_KGTD, v_KGTD, call.mask, scale=scale,
+                                                  is_causal=call.mask is None).permute(2, 0, 1, 3)
+        out_THD.view(-1, K, H // K, D)[call.rows] = o_TKGD
+    return out_THD
 
 
-class Keys(NamedTuple):
-    """The keys that some requests of a step see, for one call."""
-    rows: slice              # the requests' query rows
-    decodes: bool            # one row each, else one request's chunk
-    run: slice | None        # their slots in the pool, if these are neighbours
-    slots_BKT: Tensor | None   # else: rows of the pool as [K * N * S, D]
-    copies: Tensor | None    # [2, B * K * T, D], what K and V are then gathered into
-    mask: Tensor | None      # added to the scores
+class Call(NamedTuple):
+    """Some requests of a step that share a call: decodes, or the chunk of one request."""
+    rows: slice | Tensor     # their query rows
+    decodes: bool            # one row each
+    keys: slice | Tensor     # where their keys are: neighbouring slots, or [B, K, keys] rows of the pool as [K * N * S, D]
+    mask: Tensor | None      # added to the scores; None: a decode sees all keys, a prompt sees those up to its own
 
-    def take(self, pool_KNSD: Tensor, which: int) -> Tensor:
-        """Their K or V, [B, K, T, D]."""
-        K, N, S, D = pool_KNSD.shape
-        if self.run:
-            return pool_KNSD.view(1, K, -1, D)[:, :, self.run]
-        torch.index_select(pool_KNSD.view(-1, D), 0, self.slots_BKT.view(-1), out=self.copies[which])
-        return self.copies[which].view(*self.slots_BKT.shape, D)
+    def read(self, pool_KNSD: Tensor) -> Tensor:
+        """Their K or V, [B, K, keys, D]."""
+        D = pool_KNSD.shape[-1]
+        if isinstance(self.keys, slice):
+            return pool_KNSD.view(1, len(pool_KNSD), -1, D)[:, :, self.keys]
+        return torch.index_select(pool_KNSD.view(-1, D), 0, self.keys.view(-1)).view(*self.keys.shape, D)
 
 
 IN_PLACE = 400_000   # bytes of K and V. To gather fewer takes less than the 15 us of a call of their own
 
 
-def plan_torch(batch: Batch, k_KNSD: Tensor, window: int | None, slopes_H: Tensor | None) -> list[Keys]:
-    """The calls that attend to the whole step, in the order of its rows; worked out once for all layers.
+def plan_torch(batch: Batch, H: int, k_KNSD: Tensor, window: int | None) -> list[Call]:
+    """The calls that attend to the whole step.
 
-    A chunk has a call of its own, and so has a long decode whose blocks are neighbours. Other decodes share one
-    with those beside them of about the same length: their keys are gathered, and padded to the longest.
+    A chunk has a call of its own. So has a long decode whose keys are neighbours. The other decodes share a call with
+    those of about their length: one call for up to 127 keys, one for 128 to 255, one for 256 to 511, and so on.
     """
-    if ("torch", window) in batch.plans:
-        return batch.plans["torch", window]
-    (K, N, S, D), device, n = k_KNSD.shape, k_KNSD.device, batch.num_decodes
-    # The first key that each request sees, and how many.
-    firsts = [max(0, chunk.start + 1 - window) if window else 0 for chunk in batch.chunks]
-    counts = [stop - first for first, stop in zip(firsts, batch.lens)]
+    (K, _, S, D), groups = k_KNSD.shape, defaultdict(list)
+    long = IN_PLACE // (2 * K * D * k_KNSD.element_size())
+    for b in range(batch.num_decodes):
+        count = batch.lens[b] - first_key(batch, b, window)
+        alone = count > long and in_place(batch, b, window, S)
+        groups[-b if alone else max(7, count.bit_length())].append(b)
+    requests = [*groups.values(), *([b] for b in range(batch.num_decodes, len(batch.chunks)))]
+    return [plan_call(batch, H, k_KNSD, some, window) for some in requests]
 
-    def run(b: int) -> slice | None:
-        """Its keys as a slice of the pool's slots, if its blocks are neighbours."""
-        blocks, slot = batch.chunks[b].blocks[firsts[b] // S:-(-batch.lens[b] // S)], firsts[b] % S
-        if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
-            return slice(blocks[0] * S + slot, blocks[0] * S + slot + counts[b])
 
-    long, plan = IN_PLACE // (2 * K * D * k_KNSD.element_size()), []
-    # Neighbours of equal kind share a call: a class of lengths (up to 127 keys, 255, 511, ...), or a kind of one's own.
-    kinds = [-b if b >= n or count > long and run(b) else max(7, count.bit_length()) for b, count in enumerate(counts)]
-    for _, (b, *others) in itertools.groupby(range(len(kinds)), kinds.__getitem__):
-        stop, decodes, slots_BKT, copies, mask = b + 1 + len(others), b < n, None, None, None
-        rows, place = slice(batch.starts[b], batch.starts[stop]), None if others else run(b)
-        whole = decodes or rows.stop - rows.start == batch.lens[b] and not window   # a decode sees all of its keys
-        if not place or not whole or slopes_H is not None:
-            key_BT = torch.arange(max(counts[b:stop]), device=device)[None]
-            if window:
-                key_BT = key_BT + torch.tensor(firsts[b:stop], device=device)[:, None]
-            distance = batch.positions_T[rows].view(stop - b, 1, -1, 1) - key_BT[:, None, None]   # [B, 1, T, keys]
-            seen = distance >= 0 if decodes or not window else (distance >= 0) & (distance < window)
-            bias = 0.0 if slopes_H is None else slopes_H.view((1, K, -1, 1) if decodes else (K, -1, 1, 1)) * -distance
-            mask = torch.where(seen, bias, -torch.inf).to(k_KNSD.dtype)
-            if not place:   # a short request is padded with its own last key: no slot of nobody is read
-                key_BT = key_BT.minimum(batch.kv_lens[b:stop, None] - 1)
-                tables_BM = batch.block_tables_UM[batch.table_rows[b:stop], :-(-max(batch.lens[b:stop]) // S)]
-                slots_BT = (tables_BM[:, :, None] * S + torch.arange(S, device=device)).flatten(1).gather(1, key_BT)
-                slots_BKT = slots_BT[:, None] + torch.arange(0, K * N * S, N * S, device=device)[:, None]
-                copies = k_KNSD.new_empty(2, slots_BKT.numel(), D)
-        plan.append(Keys(rows, decodes, place, slots_BKT, copies, mask))
-    batch.plans["torch", window] = plan
-    return plan
+def first_key(batch: Batch, b: int, window: int | None) -> int:
+    """The position of the first key that the first row of request b sees."""
+    return max(0, batch.chunks[b].start + 1 - window) if window else 0
+
+
+def in_place(batch: Batch, b: int, window: int | None, S: int) -> slice | None:
+    """The keys that request b sees as a slice of the pool's slots, if its blocks are neighbours."""
+    first, stop = first_key(batch, b, window), batch.lens[b]
+    blocks = batch.chunks[b].blocks[first // S:-(-stop // S)]
+    if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
+        slot = blocks[0] * S + first % S
+        return slice(slot, slot + stop - first)
+
+
+def plan_call(batch: Batch, H: int, k_KNSD: Tensor, requests: list[int], window: int | None) -> Call:
+    """One call for these decodes, or for this one chunk.
+
+    Two decodes of 3 and 5 keys: the first has its last key three times, so that both have 5, and a mask hides two:
+        keys      [[0, 1, 2, 2, 2], [0, 1, 2, 3, 4]]
+        distance  [[2, 1, 0, -1, -2], [4, 3, 2, 1, 0]]     seen where it is 0 or more, and less than the window
+    """
+    (K, N, S, _), device, b = k_KNSD.shape, k_KNSD.device, requests[0]
+    decodes = b < batch.num_decodes
+    if requests == list(range(b, b + len(requests))):
+        rows = slice(batch.starts[b], batch.starts[b + len(requests)])
+    else:
+        rows = torch.tensor(requests, device=device)   # request b's only row is row b
+    slots = in_place(batch, b, window, S) if len(requests) == 1 else None
+    all_seen = decodes or batch.chunks[b].start == 0 and not window
+    if slots and all_seen and not bias:
+        return Call(rows, decodes, slots, None)
+
+    firsts = [first_key(batch, b, window) for b in requests]
+    most = max(batch.lens[b] - first for b, first in zip(requests, firsts))
+    keys_BT = torch.tensor(firsts, device=device)[:, None] + torch.arange(most, device=device)
+    distance = batch.positions_T[rows].view(len(requests), 1, -1, 1) - keys_BT[:, None, None]   # [B, 1, rows, keys]
+    seen = (distance >= 0) & (distance < (window or N * S))
+    heads = torch.arange(H, device=device).view((K, -1, 1) if decodes else (K, -1, 1, 1))
+    mask = torch.where(seen, bias(heads, distance) if bias else 0.0, -torch.inf).to(k_KNSD.dtype)
+    if slots:
+        return Call(rows, decodes, slots, mask)
+    lens_B = torch.tensor([batch.lens[b] for b in requests], device=device)
+    tables_BM = batch.block_tables_UM[[batch.chunks[b].row for b in requests], :-(-max(batch.lens) // S)]
+    keys_BT = keys_BT.minimum(lens_B[:, None] - 1)
+    slots_BT = tables_BM.gather(1, keys_BT // S) * S + keys_BT % S
+    return Call(rows, decodes, slots_BT[:, None] + torch.arange(0, K * N * S, N * S, device=device)[:, None], mask)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -300,9 +250,16 @@ def _start(ROWS: tl.constexpr, D_PAD: tl.constexpr):
 # exp2, which is one instruction, and its factor log2(e) is folded into the scale.
 
 @jit
-def _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, position_R, slope_R, start, stop, kv_len, scale,
+def _bias(s_RT, scale, head, distance):
+    """The scores with what is added to them: here nothing (see `bias`). Their factor `scale`, which holds LOG2E, comes
+    later, so ALiBi with 8 heads is `s_RT - tl.exp2(-1.0 - head) * distance * LOG2E / scale`."""
+    return s_RT
+
+
+@jit
+def _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, head_R, position_R, start, stop, kv_len, scale,
            S: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
-           ALIBI: tl.constexpr, MASKED: tl.constexpr):
+           MASKED: tl.constexpr):
     """Online softmax of R query rows over the keys [start, stop) of one KV head of one request.
 
     Takes and returns the running o_RD, m_R, l_R, float32; m and the scores are logarithms to base 2, as
@@ -312,7 +269,6 @@ def _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, position_R, slope_R, s
     TILE.
     """
     d, t = tl.arange(0, D_PAD), tl.arange(0, TILE)
-    unit = 1.0 if ALIBI else scale   # folded into exp2, unless a bias wants scaled scores
     for tile in range(start, stop, TILE):
         key = tile + t
         if S % TILE == 0:
@@ -330,19 +286,18 @@ def _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, position_R, slope_R, s
 
         k_TD = tl.load(k_ptr + begin + at_TD, mask=owned_TD, other=0.0)
         s_RT = tl.dot(q_RD, tl.trans(k_TD), input_precision="ieee")
-        if ALIBI:
-            s_RT = s_RT * scale + slope_R[:, None] * (key[None, :] - position_R[:, None])
+        s_RT = _bias(s_RT, scale, head_R[:, None], position_R[:, None] - key[None, :])
         if MASKED:
             seen_RT = key[None, :] <= position_R[:, None]
             if WINDOW > 0:
                 seen_RT = seen_RT & (key[None, :] > position_R[:, None] - WINDOW)
             s_RT = tl.where(seen_RT, s_RT, float("-inf"))
 
-        m_new = tl.maximum(m_R, tl.max(s_RT, 1) * unit)
+        m_new = tl.maximum(m_R, tl.max(s_RT, 1) * scale)
         m_sub = m_new
         if MASKED:   # a row that has seen no key yet: -inf - -inf would be NaN
             m_sub = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p_RT = tl.exp2(s_RT * unit - m_sub[:, None])
+        p_RT = tl.exp2(s_RT * scale - m_sub[:, None])
         rescale = tl.exp2(m_R - m_sub)
         v_TD = tl.load(v_ptr + begin + at_TD, mask=owned_TD, other=0.0)
         l_R = l_R * rescale + tl.sum(p_RT, 1)
@@ -352,10 +307,10 @@ def _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, position_R, slope_R, s
 
 
 @jit
-def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, slopes_ptr, tables_ptr, query_starts_ptr, kv_lens_ptr, work_ptr,
+def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, tables_ptr, query_starts_ptr, kv_lens_ptr, work_ptr,
                     q_stride, head_stride, scale,
                     S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-                    ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr):
+                    ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr):
     """A tile of query rows against every key that they may see, and no other tile of keys.
 
     Computes: rows of the chunk, ROWS // G tokens times the G query heads that share this KV head.
@@ -364,6 +319,16 @@ def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, slopes_ptr, tables_ptr, query_
     which the tiles of one request find the same K and V, makes up for what 128 rows lack.
     Tile: as many rows as the registers hold, for o_RD is [ROWS, D] float32; TILE keys feed one pass of the
     matrix units. Wins on long chunks; loses on chunks of a few tokens, whose rows it fills with nothing.
+
+    Three ranges of keys, because a mask takes time and most tiles need none. Tokens 12 and 13, WINDOW = 8, TILE = 4:
+
+        key          4  5  6  7 | 8  9 10 11 | 12 13
+        token 12        x  x  x | x  x  x  x |  x
+        token 13           x  x | x  x  x  x |  x  x
+                    start = 4    whole = 8    diagonal = 12, stop = 14
+
+    The last token sees all of the tiles from `whole` on, up to the diagonal; the first token sees all of those before
+    `diagonal`, back to its window. Keys before `start` and from `stop` on are not loaded at all.
     """
     b = tl.load(work_ptr + 3 * tl.program_id(0))
     table_ptr = tables_ptr + tl.load(work_ptr + 3 * tl.program_id(0) + 1)
@@ -378,41 +343,39 @@ def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, slopes_ptr, tables_ptr, query_
     token = first + row // G
     live_RD = ((row < ROWS // G * G) & (token < q_len))[:, None] & (d < D)[None, :]
     index_R = (row_start + token).to(tl.int64)
-    column_R = kv_head * G * D + row % G * D
+    head_R = kv_head * G + row % G
+    column_R = head_R * D
     q_RD = tl.load(q_ptr + (index_R * q_stride + column_R)[:, None] + d[None, :], mask=live_RD, other=0.0)
-    slope_R = tl.load(slopes_ptr + kv_head * G + row % G) * LOG2E if ALIBI else 0.0
 
-    # Tiles behind the window and above the diagonal are never loaded. Between them: tiles that the window cuts,
-    # tiles that every row sees whole, tiles that the diagonal cuts.
     position_R = past + token
-    last = tl.minimum(first + ROWS // G, q_len)
+    first_position = past + first
+    stop = past + tl.minimum(first + ROWS // G, q_len)         # one past the last token's position
     start = 0
     whole = 0
     if WINDOW > 0:
-        start = tl.maximum(0, past + first - WINDOW + 1) // TILE * TILE
-        whole = tl.cdiv(tl.maximum(0, past + last - WINDOW), TILE) * TILE
-    diagonal = tl.maximum(whole, (past + first + 1) // TILE * TILE)
-    stop = past + last
+        start = tl.maximum(0, first_position - WINDOW + 1) // TILE * TILE
+        whole = tl.cdiv(tl.maximum(0, stop - WINDOW), TILE) * TILE
+    diagonal = tl.maximum(whole, (first_position + 1) // TILE * TILE)
 
     k_ptr += kv_head * head_stride
     v_ptr += kv_head * head_stride
     o_RD, m_R, l_R = _start(ROWS, D_PAD)
     if WINDOW > 0:
-        o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, position_R, slope_R,
-                                start, tl.minimum(whole, stop), kv_len, scale, S, D, D_PAD, TILE, WINDOW, ALIBI, True)
-    o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, position_R, slope_R,
-                            whole, diagonal, kv_len, scale, S, D, D_PAD, TILE, WINDOW, ALIBI, False)
-    o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, position_R, slope_R,
-                            diagonal, stop, kv_len, scale, S, D, D_PAD, TILE, WINDOW, ALIBI, True)
+        o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, head_R, position_R,
+                                start, tl.minimum(whole, stop), kv_len, scale, S, D, D_PAD, TILE, WINDOW, True)
+    o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, head_R, position_R,
+                            whole, diagonal, kv_len, scale, S, D, D_PAD, TILE, WINDOW, False)
+    o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, head_R, position_R,
+                            diagonal, stop, kv_len, scale, S, D, D_PAD, TILE, WINDOW, True)
     tl.store(out_ptr + (index_R * H * D + column_R)[:, None] + d[None, :],
              (o_RD / tl.where(l_R > 0, l_R, 1.0)[:, None]).to(out_ptr.dtype.element_ty), mask=live_RD)
 
 
 @jit
-def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_ptr, slopes_ptr, tables_ptr, kv_lens_ptr,
+def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_ptr, tables_ptr, kv_lens_ptr,
                    work_ptr, q_stride, head_stride, scale,
                    S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-                   ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr):
+                   ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr):
     """One split of one request's keys for the G query heads of one KV head; the last split to finish merges all.
 
     Cost: 4 * G * keys * D operations for 2 * keys * D elements of K and V, each used once: G operations per
@@ -434,12 +397,11 @@ def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_pt
         live_R, live_RD = row < G, (row < G)[:, None] & (d < D)[None, :]
         at_RD = head[:, None] * D + d[None, :]
         q_RD = tl.load(q_ptr + b.to(tl.int64) * q_stride + at_RD, mask=live_RD, other=0.0)
-        slope_R = tl.load(slopes_ptr + head, mask=live_R, other=0.0) * LOG2E if ALIBI else 0.0
         position_R = tl.zeros([ROWS], tl.int32) + kv_len - 1
         o_RD, m_R, l_R = _start(ROWS, D_PAD)
         o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr + kv_head * head_stride, v_ptr + kv_head * head_stride,
-                                table_ptr, position_R, slope_R, start, stop, kv_len, scale,
-                                S, D, D_PAD, TILE, WINDOW, ALIBI, True)
+                                table_ptr, head, position_R, start, stop, kv_len, scale,
+                                S, D, D_PAD, TILE, WINDOW, True)
         finished = True
         if splits > 1:
             tl.store(o_ptr + work * H * D + at_RD, o_RD, mask=live_RD)
@@ -461,14 +423,14 @@ def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_pt
                     l_R = l_R * old + l_part * new
                     m_R = m_new
         if finished:
-            out_RD = (o_RD / l_R[:, None]).to(out_ptr.dtype.element_ty)
+            out_RD = (o_RD / tl.where(l_R > 0, l_R, 1.0)[:, None]).to(out_ptr.dtype.element_ty)   # idle: 0
             tl.store(out_ptr + b * H * D + at_RD, out_RD, mask=live_RD)
 
 
 @jit
 def _write_kv_kernel(k_ptr, v_ptr, k_pool_ptr, v_pool_ptr, slots_ptr, k_stride, v_stride, head_stride,
                      K: tl.constexpr, K_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """One token's K and V, all heads, into its slot; none for the padding of a CUDA graph (slot -1)."""
+    """One token's K and V, all heads, into its slot; slot -1, of an idle request, is nowhere."""
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + t)
     if slot >= 0:
@@ -480,31 +442,32 @@ def _write_kv_kernel(k_ptr, v_ptr, k_pool_ptr, v_pool_ptr, slots_ptr, k_stride, 
 
 
 def attention_triton(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch, scale: float,
-                     window: int | None = None, slopes_H: Tensor | None = None) -> Tensor:
+                     window: int | None = None) -> Tensor:
     """Attention by the kernels above: one launch for the decodes, one for the prompts.
 
     q_THD may be a view with a row stride of its own; heads and D must be contiguous.
     """
     load_triton()
-    (_, H, D), (K, N, S, _) = q_THD.shape, k_KNSD.shape
+    (_, H, D), (K, N, S, _), device = q_THD.shape, k_KNSD.shape, q_THD.device
     G, n = H // K, batch.num_decodes
-    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=device)
     # tl.dot wants powers of two, and at least 16 of everything.
-    shape = dict(S=S, H=H, G=G, D=D, D_PAD=max(16, triton.next_power_of_2(D)), WINDOW=window or 0,
-                 ALIBI=slopes_H is not None)
-    slopes_H = batch.kv_lens if slopes_H is None else slopes_H   # never read
+    shape = dict(S=S, H=H, G=G, D=D, D_PAD=max(16, triton.next_power_of_2(D)), WINDOW=window or 0)
 
     if n:
         ROWS, options = max(16, triton.next_power_of_2(G)), decode_options(D, q_THD.dtype)
-        work, o, m, l, arrived = plan_decode(batch, H, K, D, window, options["TILE"], q_THD.device)
+        work = batch.table(("splits", window), lambda batch: share_out(batch, K, window, options["TILE"], device))
+        o, m, l, arrived = batch.once("partial answers", lambda: (
+            torch.empty(len(work), H, D, device=device), *torch.empty(2, len(work), H, device=device),
+            torch.zeros(n * K, dtype=torch.int32, device=device)))
         _decode_kernel[(len(work), K)](
-            q_THD, out_THD, o, m, l, arrived, k_KNSD, v_KNSD, slopes_H, batch.block_tables_UM, batch.kv_lens, work,
+            q_THD, out_THD, o, m, l, arrived, k_KNSD, v_KNSD, batch.block_tables_UM, batch.kv_lens, work,
             q_THD.stride(0), N * S * D, scale * LOG2E.value, **shape, ROWS=ROWS, **options)
     if n < len(batch.chunks):
-        options = prefill_options(D, G, q_THD.dtype, capability_of(q_THD.device))
-        work = plan_prefill(batch, options["ROWS"] // G, q_THD.device)
+        options = prefill_options(D, G, q_THD.dtype, capability_of(device))
+        work = batch.table("prompts", lambda batch: cut_prompts(batch, options["ROWS"] // G))
         _prefill_kernel[(len(work), K)](
-            q_THD, out_THD, k_KNSD, v_KNSD, slopes_H, batch.block_tables_UM, batch.query_starts, batch.kv_lens, work,
+            q_THD, out_THD, k_KNSD, v_KNSD, batch.block_tables_UM, batch.query_starts, batch.kv_lens, work,
             q_THD.stride(0), N * S * D, scale * LOG2E.value, **shape, **options)
     return out_THD
 
@@ -543,34 +506,27 @@ def multiprocessors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def plan_decode(batch: Batch, H: int, K: int, D: int, window: int | None, TILE: int, device) -> tuple[Tensor, ...]:
-    """The splits of the step's decodes, and the memory in which they leave o, m and l and count who has arrived."""
-    if ("decode", window, TILE) not in batch.plans:
-        work, n = share_out(batch, K, window, TILE, device), batch.num_decodes
-        o, (m, l) = torch.empty(len(work), H, D, device=device), torch.empty(2, len(work), H, device=device)
-        arrived = torch.zeros(n * K, dtype=torch.int32, device=device)
-        batch.plans["decode", window, TILE] = torch.tensor(work, dtype=torch.int32).to(device), o, m, l, arrived
-    return batch.plans["decode", window, TILE]
+def share_out(batch: Batch, K: int, window: int | None, TILE: int, device: torch.device) -> list[tuple[int, ...]]:
+    """The step's decodes, cut into splits. A row per split: request, where its block table begins, start and stop of
+    its keys, its request's first split and number of splits.
 
+    All tiles of keys of all decodes are shared out over two programs per multiprocessor, of which one computes while
+    the other waits for memory: a long request gets many splits, a large batch of short ones gets one each. With 4
+    multiprocessors, K = 2 and requests of 10 and 3 tiles that is 13 * 2 tiles for 8 programs, 4 tiles a split: the
+    requests get 3 splits (of 3, 3 and 4 tiles) and 1, for both KV heads 8 programs. No batch size changes the rule, as
+    it says little about the work: eight requests of 100 keys and eight of 100,000 are both eight.
 
-def share_out(batch: Batch, K: int, window: int | None, TILE: int, device) -> list[tuple[int, ...]]:
-    """A row per split: request, where its block table begins, start and stop of its keys, its request's first split
-    and number of splits.
-
-    From the work and the number of multiprocessors alone: all tiles of keys of all decodes are shared out over
-    two programs per multiprocessor, of which one computes while the other waits for memory. A long request gets many
-    splits, a large batch of short ones gets one each. No batch size changes the rule, as it says little about the
-    work: eight requests of 100 keys and eight of 100,000 are both eight. The list is padded to the length that it
-    can have at most for so many requests (each may round up by one), so that a CUDA graph fits every step.
+    A graph needs as many rows in every step of so many requests, so rows of nobody (-1) fill the list up to the most
+    that there can be. If every split were full, there would be tiles / per_split of them, which is 2 * processors / K
+    at most. Each request has one split that is not full, so the rest is one for each.
     """
-    processors = multiprocessors_of(device)
-    lens = batch.lens[:batch.num_decodes]
+    processors, lens = multiprocessors_of(device), batch.lens[:batch.num_decodes]
     begins = [max(0, length - window) // TILE * TILE if window else 0 for length in lens]
     tiles = [-(-(length - begin) // TILE) for begin, length in zip(begins, lens)]
     per_split = max(1, -(-sum(tiles) * K // (2 * processors)))
     work = []
     for b, (begin, count, length) in enumerate(zip(begins, tiles, lens)):
-        splits = -(-count // per_split)
+        splits = max(1, -(-count // per_split))   # an idle request has no tile: its split writes zeros
         cuts = [begin + TILE * (count * i // splits) for i in range(splits)] + [length]
         table = batch.chunks[b].row * batch.block_tables_UM.shape[1]
         work += [(b, table, *cuts[i:i + 2], len(work), splits) for i in range(splits)]
@@ -578,25 +534,15 @@ def share_out(batch: Batch, K: int, window: int | None, TILE: int, device) -> li
     return work + [(-1, 0, 0, 0, 0, 0)] * (most - len(work))
 
 
-def refresh(static: Batch, batch: Batch, K: int):
-    """Put a step of as many requests into the batch that a CUDA graph reads."""
-    static.memory[:len(batch.memory)].copy_(batch.memory)
-    for (_, window, TILE), (work, *_) in static.plans.items():
-        work.copy_(torch.tensor(share_out(batch, K, window, TILE, work.device), dtype=torch.int32))
-
-
-def plan_prefill(batch: Batch, tokens_per_tile: int, device) -> Tensor:
-    """The tiles of query rows of the step's prompts, int32 [tiles, 3]: request, where its block table begins, first
-    token. The longest come first."""
-    if "prefill" not in batch.plans:
-        work = []
-        for b in range(batch.num_decodes, len(batch.chunks)):
-            q_len = len(batch.chunks[b].tokens)
-            table = batch.chunks[b].row * batch.block_tables_UM.shape[1]
-            work += [(batch.lens[b] - q_len + first, b, table, first) for first in range(0, q_len, tokens_per_tile)]
-        work = [tile for _, *tile in sorted(work, reverse=True)]
-        batch.plans["prefill"] = torch.tensor(work, dtype=torch.int32).to(device)
-    return batch.plans["prefill"]
+def cut_prompts(batch: Batch, tokens_per_tile: int) -> list[tuple[int, ...]]:
+    """The tiles of query rows of the step's prompts: request, where its block table begins, first token. Those that
+    see most keys come first: the others fill the gaps that they leave."""
+    work = []
+    for b in range(batch.num_decodes, len(batch.chunks)):
+        chunk = batch.chunks[b]
+        table = chunk.row * batch.block_tables_UM.shape[1]
+        work += [(chunk.start + first, b, table, first) for first in range(0, len(chunk.tokens), tokens_per_tile)]
+    return [tile for _, *tile in sorted(work, reverse=True)]
 
 
 def write_kv_triton(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, slots_T: Tensor):

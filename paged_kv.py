@@ -1,4 +1,4 @@
-"""KV memory is virtual memory. (Read this file first; next comes kernels.py.)
+"""KV memory is virtual memory. (Read this file first; next comes batch.py.)
 
 A request's keys and values grow by one token a step, and nobody knows how long they will get. So
 the memory is cut into blocks of S slots, one per token, as an operating system cuts RAM into pages, and each
@@ -60,9 +60,8 @@ class KVPool:
         self.v_LKNSD = torch.empty(shape, dtype=dtype, device=device)
         self.num_blocks, self.block_size, self.prefix_cache = num_blocks, block_size, prefix_cache
         self.references = [0] * num_blocks                    # tables that hold each block
-        self.free = dict.fromkeys(range(num_blocks - 1, -1, -1))   # an ordered set, the last is taken first
-        self.cached: OrderedDict[int, bytes] = OrderedDict()  # unreferenced but indexed, first who was released first
-        self.frontier = 0                                     # the end of the last neighbours found for a new table
+        self.free = FreeBlocks(num_blocks)
+        self.cached: OrderedDict[int, bytes] = OrderedDict()  # unreferenced but indexed, the first to be evicted first
         self.index: dict[bytes, int] = {}                     # digest of a whole prefix -> block with its last S tokens
         self.digests: dict[int, bytes] = {}                   # the index, read the other way
         self.block_tables_UM = torch.zeros(max_tables, max_blocks or num_blocks, dtype=torch.int64, device=device)
@@ -97,24 +96,21 @@ class KVPool:
         table.known = len(table.blocks)
         return len(table.blocks) * self.block_size
 
-    def grow(self, table: BlockTable, num_tokens: int, limit: int = 0) -> bool:
+    def grow(self, table: BlockTable, num_tokens: int, expected_tokens: int = 0) -> bool:
         """Give the table blocks for so many tokens in all. False, and nothing changed, if too few are left.
 
-        Any block would do. But PyTorch's attention, which cannot walk a block table, reads blocks that are neighbours
-        as one piece and must copy others together first. So a table wishes for the block beside its last one, and a
-        new one begins where as many neighbours are free as it may need one day, for `limit` tokens.
+        expected_tokens: how many it may need one day, for a table that is new (see FreeBlocks).
         """
         need = self.blocks_for(num_tokens) - len(table.blocks)
         if need > self.available:
             return False
-        if need <= 0:
-            return True
-        wish = table.blocks[-1] + 1 if table.blocks else -1
-        if limit and wish not in self.free:
-            wish = self._room_for(self.blocks_for(limit) - len(table.blocks))
-        for _ in range(need):
-            self._append(table, self._take(wish))
-            wish = table.blocks[-1] + 1
+        if need > 0:
+            beside = table.blocks[-1] + 1 if table.blocks else -1
+            if expected_tokens and beside not in self.free:
+                beside = self.free.find(self.blocks_for(expected_tokens) - len(table.blocks))
+            for _ in range(need):
+                self._append(table, self._take(beside))
+                beside = table.blocks[-1] + 1
         return True
 
     def fork(self, table: BlockTable, other: BlockTable):
@@ -151,18 +147,6 @@ class KVPool:
             self.block_tables_UM[at[0], at[1]] = torch.tensor(list(self.changed.values())).to(at.device)
             self.changed.clear()
 
-    def _room_for(self, num_blocks: int) -> int:
-        """The first of so many free neighbours: at the pool's front, or behind those found last time (`frontier`); two
-        places, so that looking stays cheap. -1 if neither will do."""
-        if self.num_referenced == 0:
-            self.frontier = 0
-        for start in (0, self.frontier):
-            if all(block in self.free for block in range(start, start + num_blocks)):
-                self.frontier = max(self.frontier, start + num_blocks)
-                return start
-        self.frontier = 0
-        return -1
-
     def commit(self, table: BlockTable, tokens: list[int], num_tokens: int):
         """Make the table's full blocks findable: K and V of the first `num_tokens` tokens are in, or will be before
         anybody reads them, as every layer of a step writes before it attends."""
@@ -180,29 +164,28 @@ class KVPool:
             self.index.pop(self.digests.pop(block, None), None)
 
     def release(self, table: BlockTable):
-        """Give all of the table's blocks back; what the index knows stays cached until it is needed."""
-        for block in reversed(table.blocks):   # last first, to be evicted first: without its prefix no block is found
+        """Give all of the table's blocks back; what the index knows stays cached until it is needed.
+
+        The end of the text goes into the cache before its beginning, and so is evicted before it: without the blocks
+        before it no block can be found.
+        """
+        for block in reversed(table.blocks):
             self.references[block] -= 1
             if self.references[block] == 0:
                 if block in self.digests:
                     self.cached[block] = self.digests[block]
                 else:
-                    self.free[block] = None
+                    self.free.add(block)
         if table.row >= 0:
             self.free_rows.append(table.row)
         table.blocks, table.row = [], -1
 
-    def _take(self, wish: int) -> int:
-        """A block that nobody holds: the one wished for, else a free one, else the least recently used cached one,
-        which is forgotten."""
-        if wish in self.free:
-            block = wish
-            del self.free[block]
-        elif self.free:
-            block, _ = self.free.popitem()
-        else:
-            block, digest = self.cached.popitem(last=False)
-            del self.index[digest], self.digests[block]
+    def _take(self, beside: int) -> int:
+        """A block that nobody holds: a free one, best this one; else the one that was cached first: it is forgotten."""
+        if self.free:
+            return self.free.take(beside)
+        block, digest = self.cached.popitem(last=False)
+        del self.index[digest], self.digests[block]
         return block
 
     def _digest(self, table: BlockTable, tokens: list[int], i: int) -> bytes:
@@ -212,3 +195,46 @@ class KVPool:
             data = before + array("q", tokens[i * S:(i + 1) * S]).tobytes()
             table.digests.append(hashlib.blake2b(data, digest_size=16).digest())
         return table.digests[i]
+
+
+class FreeBlocks:
+    """The blocks that hold nothing, and which of them to take next.
+
+    Any would do. But PyTorch's attention, which cannot walk a block table, reads neighbouring blocks as one piece and
+    copies others together first. So a table takes the block beside its last one while that is free, and a new table
+    begins where as many neighbours are free as it may need one day.
+    """
+
+    def __init__(self, num_blocks: int):
+        self.blocks = dict.fromkeys(range(num_blocks - 1, -1, -1))   # an ordered set: without a wish its last is taken
+        self.num_blocks, self.found_up_to = num_blocks, 0
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __contains__(self, block: int) -> bool:
+        return block in self.blocks
+
+    def __iter__(self):
+        return iter(self.blocks)
+
+    def add(self, block: int):
+        self.blocks[block] = None
+
+    def take(self, wish: int) -> int:
+        if wish not in self.blocks:
+            return self.blocks.popitem()[0]
+        del self.blocks[wish]
+        return wish
+
+    def find(self, count: int) -> int:
+        """The first of so many free neighbours, -1 if there are none. It looks in two places, so that looking stays
+        cheap: at the pool's front, and behind the neighbours that it found before."""
+        if len(self.blocks) == self.num_blocks:
+            self.found_up_to = 0
+        for start in (0, self.found_up_to):
+            if all(block in self.blocks for block in range(start, start + count)):
+                self.found_up_to = max(self.found_up_to, start + count)
+                return start
+        self.found_up_to = 0
+        return -1

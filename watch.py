@@ -1,4 +1,4 @@
-"""Watch the loop decide. (Read nanoserve.py first.)
+"""Watch the loop decide. (Read nanoserve.py first; for `--explain` also roofline.py.)
 
     python nanoserve.py --prompts-file F --timeline              who ran in which step
     python nanoserve.py --prompts-file F --timeline chart.svg    the same as a picture
@@ -18,16 +18,15 @@ from collections.abc import Iterator
 from html import escape
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 import kernels
-from kernels import Chunk, make_batch
-from model import DTYPES
-
-if TYPE_CHECKING:   # `python nanoserve.py` is not the module nanoserve: importing it would load it twice
-    from nanoserve import LLM, Request
+from batch import Chunk, make_batch
+from checkpoint import DTYPES
+from nanoserve import LLM, Request
+from roofline import measured_ceiling, step_cost
 
 KINDS = {   # of what may happen to a request in a step: its sign in a terminal, its colour, what it means
     "waiting": ("·", "#dddddd", "waiting"), "preempted": ("!", "#d62728", "preempted"),
@@ -72,7 +71,7 @@ class Timeline:
             found = chunk.start if chunk.start != self.computed.get(request, 0) else 0
             cells[request] = Cell("decode" if decode else "prefill", len(chunk.tokens), found)
             # The other samples begin where this one's prompt ends.
-            self.computed |= dict.fromkeys(request.samples, chunk.start + len(chunk.tokens))
+            self.computed |= dict.fromkeys(request.siblings, chunk.start + len(chunk.tokens))
         for request, cell in cells.items():
             self.rows[request][len(self.pool)] = cell
         self.pool.append((pool.num_referenced, len(pool.cached), len(pool.free)))
@@ -179,8 +178,7 @@ class Explanation:
     """What each step computes, where it puts it, by which kernel, at what cost, and what comes out."""
 
     def __init__(self, llm: LLM):
-        from bench import measured_ceiling, step_cost
-        self.llm, self.step_cost, self.ceiling = llm, step_cost, measured_ceiling(llm.device, llm.dtype)
+        self.llm, self.ceiling = llm, measured_ceiling(llm.device, llm.dtype)
         self.steps = []    # what makes a step worth telling, and its lines
         llm.watchers.append(self.record)
 
@@ -194,16 +192,17 @@ class Explanation:
             lines += [f"tokens     {where}: {self.spell(chunk.tokens)}",
                       f"memory     block table {short(chunk.blocks)}; K and V go to {' to '.join(slots)}"]
         lines += [f"attention  {line}" for line in describe_attention(llm, [chunk for _, chunk in plan])]
-        cost = self.step_cost(llm.config, [(len(c.tokens), c.start) for _, c in plan], DTYPES[llm.dtype].itemsize,
-                              sum(c.logits for _, c in plan))
-        balance, bound = self.ceiling.peak / self.ceiling.bandwidth, self.ceiling.verdict(cost)
+        cost = step_cost(llm.config, [(len(c.tokens), c.start) for _, c in plan], DTYPES[llm.dtype].itemsize,
+                         sum(c.logits for _, c in plan))
+        bound = self.ceiling.verdict(cost)
         lines.append(f"cost       {cost.flops / 1e6:.1f} MFLOP / {cost.bytes / 1e6:.2f} MB = "
                      f"{cost.flops / cost.bytes:.2g} FLOP/B, {'below' if bound == 'memory' else 'above'} the machine's "
-                     f"{balance:.0f}: {bound}-bound, {self.ceiling.seconds(cost) * 1e3:.2f} ms at least")
+                     f"{self.ceiling.balance:.0f}: {bound}-bound, {self.ceiling.seconds(cost) * 1e3:.2f} ms at least")
         for request, token, logits_V in zip(takers, tokens, logits_BV):
             values, ids = logits_V.softmax(-1).topk(min(3, len(logits_V)))
             best = ", ".join(f"{self.spell([i])} {p:.1%}" for i, p in zip(ids.tolist(), values.tolist()))
-            how = f"drawn by {request.uniform:.3f}" if request.params.temperature else "greedy"
+            temperature = request.params.temperature
+            how = f"drawn at temperature {temperature:g}" if temperature else "greedy"
             lines.append(f"next       {best} -> {self.spell([token]) if token >= 0 else 'none'}, {how}")
         # A new block is news twice: the second one, and the third as the second is full.
         kinds = [("prefill" if len(chunk.tokens) > 1 or not request.output.token_ids else "decode", request,
@@ -241,29 +240,34 @@ def short(things: list) -> str:
 
 
 def describe_attention(llm: LLM, chunks: list[Chunk]) -> Iterator[str]:
-    """Which calls or launches serve a step's chunks in a layer (windows: in the first one), and why these."""
+    """Which calls or launches serve a step's chunks in a layer, and why these; for each window that layers have."""
     c, pool, device, dtype, G = llm.config, llm.pool, llm.device, DTYPES[llm.dtype], llm.config.H // llm.config.K
     batch = make_batch(chunks, pool.block_size, device, pool.block_tables_UM)
-    if llm.model.attention is kernels.attention_naive:
-        yield f"naive: a product per request and head, {len(chunks)} x {c.H} of them"
-    elif llm.model.attention is kernels.attention_torch:
-        for keys in kernels.plan_torch(batch, pool.k_LKNSD[0], c.windows[0], None):
-            rows = keys.rows.stop - keys.rows.start
-            length = keys.run.stop - keys.run.start if keys.run else keys.slots_BKT.shape[-1]
-            what = (f"{rows} decode{'s' * (rows > 1)}, {c.K} KV heads, {G} query rows each" if keys.decodes
-                    else f"prefill, {c.K} KV heads, {rows} x {G} query rows each")
-            where = ("in place (neighbouring blocks)" if keys.run else "gathered (scattered blocks)"
-                     if rows == 1 or not keys.decodes else "gathered, padded to the longest: one call for all")
-            yield f"one fused call per layer: {what}; {length} keys, {where}"
-    else:
-        if n := batch.num_decodes:
-            tile = kernels.decode_options(c.D, dtype)["TILE"]
-            splits = sum(b >= 0 for b, *_ in kernels.share_out(batch, c.K, c.windows[0], tile, device))
-            yield (f"decode kernel: {splits} splits of keys for {n} requests, to fill "
-                   f"{kernels.multiprocessors_of(device)} multiprocessors, x {c.K} KV heads; each runs its {G} "
-                   f"query heads against tiles of {tile} keys")
-        if n < len(chunks):
-            options = kernels.prefill_options(c.D, G, dtype, kernels.capability_of(device))
-            rows, tiles = options["ROWS"], len(kernels.plan_prefill(batch, options["ROWS"] // G, device))
-            yield (f"prefill kernel: {tiles} tiles of {rows} rows ({rows // G} tokens x {G} query heads) x {c.K} "
-                   f"KV heads, each over tiles of {options['TILE']} keys")
+    windows = list(dict.fromkeys(c.windows))
+    for window in windows:
+        layers = [l for l in range(c.L) if c.windows[l] == window]
+        sees = f"{window} keys back" if window else "all keys"
+        of = f"layers {short(layers)}, which see {sees}: " if len(windows) > 1 else ""
+        if llm.model.attention is kernels.attention_naive:
+            yield f"{of}naive: a product per request and head, {len(chunks)} x {c.H} of them"
+        elif llm.model.attention is kernels.attention_torch:
+            for call in kernels.plan_torch(batch, c.H, pool.k_LKNSD[0], window):
+                rows, in_place = len(batch.positions_T[call.rows]), isinstance(call.keys, slice)
+                length = call.keys.stop - call.keys.start if in_place else call.keys.shape[-1]
+                what = (f"{rows} decode{'s' * (rows > 1)}, {c.K} KV heads, {G} query rows each" if call.decodes
+                        else f"prefill, {c.K} KV heads, {rows} x {G} query rows each")
+                where = ("in place (neighbouring blocks)" if in_place else "gathered (scattered blocks)"
+                         if rows == 1 or not call.decodes else "gathered, padded to the longest: one call for all")
+                yield f"{of}one fused call per layer: {what}; {length} keys, {where}"
+        else:
+            if n := batch.num_decodes:
+                tile = kernels.decode_options(c.D, dtype)["TILE"]
+                splits = sum(b >= 0 for b, *_ in kernels.share_out(batch, c.K, window, tile, device))
+                yield (f"{of}decode kernel: {splits} splits of keys for {n} requests, to fill "
+                       f"{kernels.multiprocessors_of(device)} multiprocessors, x {c.K} KV heads; each runs its {G} "
+                       f"query heads against tiles of {tile} keys")
+            if n < len(chunks):
+                options = kernels.prefill_options(c.D, G, dtype, kernels.capability_of(device))
+                rows, tiles = options["ROWS"], len(kernels.cut_prompts(batch, options["ROWS"] // G))
+                yield (f"{of}prefill kernel: {tiles} tiles of {rows} rows ({rows // G} tokens x {G} query heads) x "
+                       f"{c.K} KV heads, each over tiles of {options['TILE']} keys")

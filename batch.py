@@ -1,0 +1,168 @@
+"""A step is one tensor, ragged over requests. (Read paged_kv.py first; next comes kernels.py.)
+
+Every turn of the loop runs some tokens of some requests: all of a short prompt, a piece of a long one,
+or the one token that a request sampled last. Nobody is padded to anybody's length. The tokens of all
+requests stand in one row, and a few index tensors say whose they are. "The cat sat" arrives while
+"The dog" is about to run its token 2 (" sat", 479), with blocks of S = 2 as in paged_kv.py:
+
+    chunks          [479]  then  [269, 341, 479]      single tokens come first
+    tokens_T         479          269  341  479       T = 4
+    positions_T        2            0    1    2       in its own request
+    slots_T            8            0    1    2       where its K and V go: block * S + offset
+    query_starts       0            1              4  request b owns rows query_starts[b] to query_starts[b + 1]
+    kv_lens            3            3                 keys that the request's last row sees
+    logit_rows         0                      3       the rows whose logits choose a token
+
+All of it is one int64 tensor, so a step reaches the device in one transfer. (The block tables are there
+already: a step only sends the entries that have changed.)
+
+One tensor is also what lets a CUDA graph replay a step. Launching the hundreds of kernels of a decode
+from Python takes longer than running them. A graph is recorded once and launches them all at once, but
+always on the same memory: so a new step is copied into the memory on which the graph was recorded.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Consecutive tokens of one request: a prompt, a piece of one, or the one token of a decode."""
+    tokens: list[int]
+    start: int          # position of tokens[0] in its request
+    blocks: list[int]   # the request's block table, covering at least start + len(tokens) tokens
+    logits: int = 1     # how many of its last tokens want logits
+    row: int = 0        # where the device holds that block table, among all of them
+
+
+@dataclass
+class Batch:
+    """The chunks of one step, flattened to T tokens of B requests. Build it with `make_batch`.
+
+    Chunks of a single token come first, be it a decode or a piece of a prompt. In Triton these `num_decodes` go to
+    the decode kernel and the others to the prefill kernel, so a mixed step takes one launch of each per layer.
+    All tensors are int64 views of `memory`.
+    """
+    memory: Tensor
+    tokens_T: Tensor           # token ids
+    positions_T: Tensor        # each token's position in its request
+    slots_T: Tensor            # where its K and V go: block * S + offset; -1: nowhere
+    query_starts: Tensor       # [B + 1], request b owns rows query_starts[b]:query_starts[b + 1]
+    kv_lens: Tensor            # [B], tokens that request b can look back on, its chunk included
+    table_rows: Tensor         # [B], request b has block table block_tables_UM[table_rows[b]]
+    logit_rows: Tensor         # the rows whose logits are wanted, request by request
+    block_tables_UM: Tensor    # on the device, of all requests that run; what lies behind a table's end is not read
+    chunks: list[Chunk]
+    starts: list[int]          # query_starts, for Python
+    lens: list[int]            # kv_lens, for Python
+    num_decodes: int
+    kept: dict = field(default_factory=dict)     # see `once`
+    tables: dict = field(default_factory=dict)   # see `table`
+
+    def once(self, key, make: Callable):
+        """What `make()` gives. The first layer that asks has it made, and the others find it."""
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
+
+    def table(self, key, rows_of: Callable[[Batch], list[tuple[int, ...]]]) -> Tensor:
+        """The rows that `rows_of(batch)` works out, int32 on the device, for all layers. In a graph they are worked out
+        anew for each step, so their number may depend on the number of requests alone."""
+        if key not in self.tables:
+            self.tables[key] = rows_of, torch.tensor(rows_of(self), dtype=torch.int32).to(self.memory.device)
+        return self.tables[key][1]
+
+
+def make_batch(chunks: list[Chunk], block_size: int, device: torch.device | str = "cpu",
+               block_tables_UM: Tensor | None = None) -> Batch:
+    """Flatten chunks into the index tensors of one step; single tokens must come before longer chunks.
+
+    block_tables_UM: the tables as the device holds them (chunk.row says where); None: they are made from chunk.blocks.
+    """
+    if block_tables_UM is None:
+        tables = [chunk.blocks for chunk in chunks]
+        width = max(1, *map(len, tables))
+        block_tables_UM = torch.tensor([table + [0] * (width - len(table)) for table in tables]).to(device)
+        chunks = [replace(chunk, row=row) for row, chunk in enumerate(chunks)]
+    S, n = block_size, sum(len(chunk.tokens) == 1 for chunk in chunks)
+    decodes, prompts = chunks[:n], chunks[n:]
+    assert all(len(chunk.tokens) > 1 for chunk in prompts), "single tokens come first"
+    tokens = [chunk.tokens[0] for chunk in decodes]
+    positions = [chunk.start for chunk in decodes]
+    slots = [chunk.blocks[t // S] * S + t % S if chunk.blocks else -1 for chunk, t in zip(decodes, positions)]
+    logit_rows = [row for row, chunk in enumerate(decodes) if chunk.logits]
+    lens = [chunk.start + 1 if chunk.blocks else 0 for chunk in decodes]
+    starts = list(range(n + 1))
+    for chunk in prompts:
+        lens.append(chunk.start + len(chunk.tokens))
+        tokens += chunk.tokens
+        positions += range(chunk.start, lens[-1])
+        slots += [chunk.blocks[t // S] * S + t % S for t in range(chunk.start, lens[-1])]
+        logit_rows += range(len(tokens) - chunk.logits, len(tokens))
+        starts.append(len(tokens))
+    parts = tokens, positions, slots, starts, lens, [chunk.row for chunk in chunks], logit_rows
+    memory = torch.frombuffer(array("q", sum(parts, [])), dtype=torch.int64).to(device)
+    return Batch(memory, *memory.split(list(map(len, parts))), block_tables_UM, chunks, starts, lens, n)
+
+
+# ---------------------------------------------------------------------------------------------
+# A graph replays a step
+
+IDLE = Chunk([0], 0, [])   # token 0 of a request that owns no block: it writes no K and V, and sees no key
+
+
+class Graphs:
+    """Steps of single tokens as CUDA graphs, one per number of requests, recorded when it first occurs.
+
+    Recording takes a second, so not every number gets a graph: a step of 5 requests is replayed as one of 8, of which
+    three are idle. What comes out for these is thrown away.
+    """
+
+    def __init__(self, forward: Callable[[Batch], Tensor], block_size: int, block_tables_UM: Tensor):
+        """forward: from a batch to its logits [B, V], by launches that are the same for every step of B requests."""
+        self.forward, self.block_size, self.block_tables_UM = forward, block_size, block_tables_UM
+        self.recorded = {}   # number of requests -> (the batch that stays, what replays the launches, logits_BV)
+
+    @staticmethod
+    def fit(chunks: list[Chunk]) -> bool:
+        """Whether a graph can replay this step."""
+        return all(len(chunk.tokens) == 1 == chunk.logits for chunk in chunks)
+
+    def batch(self, chunks: list[Chunk]) -> Batch:
+        """The step in host memory, with as many idle requests as the graph has room for."""
+        n = len(chunks)
+        size = 1 << (n - 1).bit_length() if n <= 8 else -(-n // 8) * 8    # 1, 2, 4, 8, 16, 24, ...
+        return make_batch(chunks + [IDLE] * (size - n), self.block_size, "cpu", self.block_tables_UM)
+
+    @torch.inference_mode()
+    def replay(self, batch: Batch) -> Tensor:
+        """float32 [B, V]: logits of a step that `batch` has made. The next replay writes over them."""
+        size = len(batch.chunks)
+        if size not in self.recorded:
+            device = self.block_tables_UM.device
+            stays = make_batch([IDLE] * size, self.block_size, device, self.block_tables_UM)
+            self.recorded[size] = stays, *record(lambda: self.forward(stays))
+        stays, replay, logits_BV = self.recorded[size]
+        stays.memory.copy_(batch.memory)
+        for rows_of, table in stays.tables.values():
+            table.copy_(torch.tensor(rows_of(batch), dtype=torch.int32))
+        replay()
+        return logits_BV
+
+
+def record(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """A function that repeats what `step` launches on the GPU, and the tensor in which it leaves the result."""
+    if not torch.cuda.is_available():
+        raise ValueError("CUDA graphs need a CUDA device, and there is none: use cuda_graphs=False")
+    step()   # compiles the kernels and makes their tables, outside of the recording
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph.replay, result

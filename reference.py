@@ -1,0 +1,258 @@
+"""The models once more, in the most naive way, for tests to compare with. (Test support: the engine imports none of it.)
+
+The whole sequence at once, in float64, a head at a time where that is plainer: no cache, no paging, nothing fused,
+nothing stacked. It is written from the papers and from what transformers computes, and it shares no code with the engine,
+not even the reading of a config: a mistake would have to be made twice, in two ways, to go unseen.
+
+    config     a config.json as a dict: GPT2 and LLAMA are the smallest, FAMILIES has one for each kind of checkpoint
+    tensors    name -> tensor, as the checkpoint's file holds them: `tensors_of(config)`, at random, always the same
+    folder     `write_checkpoint(folder, config, tensors)` is what the engine loads
+    logits     `plain(config, tensors, ids)` is what it must compute
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+GPT2 = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=61, n_positions=160, n_embd=32, n_layer=2,
+            n_head=4, eos_token_id=50256, bos_token_id=50256)
+LLAMA = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=61, hidden_size=32, intermediate_size=48,
+             num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=160,
+             rms_norm_eps=1e-5, eos_token_id=None)
+MISTRAL, QWEN2, QWEN3 = (LLAMA | dict(model_type=name.lower(), architectures=[f"{name}ForCausalLM"])
+                         for name in ("Mistral", "Qwen2", "Qwen3"))
+LLAMA3_ROPE = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+FAMILIES = {
+    "gpt2": GPT2,
+    "gpt2 relu, n_inner, scaled by layer": GPT2 | dict(activation_function="relu", n_inner=40, layer_norm_epsilon=1e-3,
+                                                       scale_attn_by_inverse_layer_idx=True),
+    "gpt2 gelu, untied, unscaled": GPT2 | dict(activation_function="gelu", tie_word_embeddings=False, scale_attn_weights=False),
+    "llama 2": LLAMA | dict(num_key_value_heads=4),
+    "llama one KV head, own head size, biases, tied": LLAMA | dict(
+        num_attention_heads=5, num_key_value_heads=1, head_dim=12, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama 3.1": LLAMA | dict(head_dim=32, rope_theta=500000.0, rope_scaling=LLAMA3_ROPE | {"rope_type": "llama3"},
+                              torch_dtype="bfloat16"),
+    "llama 3.1, new spelling": LLAMA | dict(head_dim=32, rope_parameters=LLAMA3_ROPE | dict(rope_type="llama3", rope_theta=2e4),
+                                            dtype="float32"),
+    "llama linear rope, old spelling": LLAMA | dict(rope_scaling={"type": "linear", "factor": 4.0}),
+    "mistral": MISTRAL | dict(sliding_window=9, num_key_value_heads=1),
+    "mistral without a window": MISTRAL | dict(sliding_window=None),
+    "qwen2": QWEN2 | dict(sliding_window=5),
+    "qwen2 with windows": QWEN2 | dict(sliding_window=5, use_sliding_window=True, max_window_layers=1),
+    "qwen3": QWEN3 | dict(head_dim=16, num_attention_heads=6),
+    "qwen3 with biases, windows by name": QWEN3 | dict(attention_bias=True, sliding_window=7, use_sliding_window=True,
+                                                       layer_types=["sliding_attention", "full_attention"]),
+}
+CONFIGS = {"llama": LLAMA, "mistral": FAMILIES["mistral"], "gpt2": GPT2}
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints: written at random, in the names of the real ones
+
+def gpt2_tensors(c: dict) -> dict[str, Tensor]:
+    E, I = c["n_embd"], c.get("n_inner") or 4 * c["n_embd"]
+    shapes = {"wte.weight": (c["vocab_size"], E), "wpe.weight": (c.get("n_positions") or c["n_ctx"], E),
+              "ln_f.weight": (E,), "ln_f.bias": (E,)}
+    for l in range(c["n_layer"]):
+        for name, shape in {"ln_1": (E,), "ln_2": (E,), "attn.c_attn": (E, 3 * E), "attn.c_proj": (E, E),
+                            "mlp.c_fc": (E, I), "mlp.c_proj": (I, E)}.items():
+            shapes[f"h.{l}.{name}.weight"], shapes[f"h.{l}.{name}.bias"] = shape, shape[-1:]
+    if c.get("tie_word_embeddings") is False:
+        shapes["lm_head.weight"] = c["vocab_size"], E
+    return random_tensors(shapes)
+
+
+def llama_tensors(c: dict) -> dict[str, Tensor]:
+    E, I, (H, K, D) = c["hidden_size"], c["intermediate_size"], heads(c)
+    shapes = {"model.embed_tokens.weight": (c["vocab_size"], E), "model.norm.weight": (E,)}
+    for l in range(c["num_hidden_layers"]):
+        at = f"model.layers.{l}."
+        shapes |= {at + "input_layernorm.weight": (E,), at + "post_attention_layernorm.weight": (E,)}
+        for name, shape in {"self_attn.q_proj": (H * D, E), "self_attn.k_proj": (K * D, E), "self_attn.v_proj": (K * D, E),
+                            "self_attn.o_proj": (E, H * D), "mlp.gate_proj": (I, E), "mlp.up_proj": (I, E),
+                            "mlp.down_proj": (E, I)}.items():
+            shapes[f"{at}{name}.weight"] = shape
+            if has_bias(c, name):
+                shapes[f"{at}{name}.bias"] = shape[:1]
+        if c["model_type"] == "qwen3":
+            shapes |= {at + "self_attn.q_norm.weight": (D,), at + "self_attn.k_norm.weight": (D,)}
+    if not c.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = c["vocab_size"], E
+    return random_tensors(shapes)
+
+
+def heads(c: dict) -> tuple[int, int, int]:
+    """Query heads, KV heads and head size of a Llama-like config."""
+    H = c["num_attention_heads"]
+    return H, c.get("num_key_value_heads") or H, c.get("head_dim") or c["hidden_size"] // H
+
+
+def has_bias(c: dict, name: str) -> bool:
+    if c["model_type"] == "qwen2":
+        return name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    if name.startswith("self_attn"):
+        return c["model_type"] in ("llama", "qwen3") and bool(c.get("attention_bias"))
+    return c["model_type"] == "llama" and bool(c.get("mlp_bias"))
+
+
+def random_tensors(shapes: dict[str, tuple]) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(7)
+    return {name: torch.randn(shape, generator=g) * (0.3 if len(shape) > 1 else 0.1)
+            + (1 if "norm.weight" in name or "ln_" in name and "weight" in name else 0) for name, shape in shapes.items()}
+
+
+def tensors_of(config: dict) -> dict[str, Tensor]:
+    return (gpt2_tensors if config["model_type"] == "gpt2" else llama_tensors)(config)
+
+
+def write_checkpoint(folder: Path, config: dict, tensors: dict[str, Tensor], shards: int = 1, **more) -> Path:
+    """A checkpoint folder. `more`: further JSON files, by name and content."""
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, content in more.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    names, where = sorted(tensors), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_file({n: tensors[n] for n in names[i::shards]}, folder / file)
+        where |= dict.fromkeys(names[i::shards], file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------
+# The forward pass
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+
+
+def silu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+ACTIVATIONS = {"gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh, "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+               "relu": lambda x: x.clamp(min=0), "silu": silu, "swish": silu}
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    """q [H, T, D], k and v [K, T, D]."""
+    k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], 0) for x in (k, v))
+    ones = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool)
+    seen = ones.tril() if window is None else ones.tril() & ones.triu(1 - window)
+    return torch.where(seen, q @ k.mT * scale, -torch.inf).softmax(-1) @ v
+
+
+def plain_gpt2(c: dict, w: dict[str, Tensor], ids: list[int]) -> Tensor:
+    w = {name.removeprefix("transformer."): tensor.double() for name, tensor in w.items()}
+    E, H = c["n_embd"], c["n_head"]
+    act = ACTIVATIONS[c.get("activation_function") or "gelu_new"]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        eps = c.get("layer_norm_epsilon") or 1e-5
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+
+    def conv(x, name):
+        return x @ w[name + ".weight"] + w[name + ".bias"]
+
+    x = w["wte.weight"][ids] + w["wpe.weight"][:len(ids)]
+    for l in range(c["n_layer"]):
+        q, k, v = (part.view(-1, H, E // H).transpose(0, 1) for part in conv(norm(x, f"h.{l}.ln_1"), f"h.{l}.attn.c_attn").split(E, -1))
+        scale = 1.0 if c.get("scale_attn_weights") is False else 1 / math.sqrt(E // H)
+        if c.get("scale_attn_by_inverse_layer_idx"):
+            scale /= l + 1
+        x = x + conv(plain_attention(q, k, v, scale, None).transpose(0, 1).reshape(-1, E), f"h.{l}.attn.c_proj")
+        x = x + conv(act(conv(norm(x, f"h.{l}.ln_2"), f"h.{l}.mlp.c_fc")), f"h.{l}.mlp.c_proj")
+    return norm(x, "ln_f") @ w.get("lm_head.weight", w["wte.weight"]).T
+
+
+def plain_frequencies(c: dict) -> list[float]:
+    """RoPE's radians per position, for each pair of a head's dimensions."""
+    rope, D, frequencies = c.get("rope_scaling") or c.get("rope_parameters") or {}, heads(c)[2], []
+    kind, theta = rope.get("rope_type", rope.get("type")), rope.get("rope_theta") or c.get("rope_theta") or 10000.0
+    for i in range(D // 2):
+        f = theta ** (-2 * i / D)
+        if kind == "linear":
+            f /= rope["factor"]
+        if kind == "llama3":
+            wavelength, old = 2 * math.pi / f, rope["original_max_position_embeddings"]
+            if wavelength > old / rope["low_freq_factor"]:
+                f /= rope["factor"]
+            elif wavelength > old / rope["high_freq_factor"]:
+                smooth = (old / wavelength - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+                f = (1 - smooth) * f / rope["factor"] + smooth * f
+        frequencies.append(f)
+    return frequencies
+
+
+def plain_window(c: dict, l: int) -> int | None:
+    """How many keys back a query of layer l sees, itself included; None: all."""
+    if c["model_type"] == "mistral":
+        return c.get("sliding_window", 4096)
+    if c["model_type"] == "llama" or not c.get("use_sliding_window"):
+        return None
+    if c.get("layer_types"):
+        return c.get("sliding_window", 4096) if c["layer_types"][l] == "sliding_attention" else None
+    return c.get("sliding_window", 4096) if l >= c.get("max_window_layers", 28) else None
+
+
+def plain_llama(c: dict, w: dict[str, Tensor], ids: list[int]) -> Tensor:
+    w = {name.removeprefix("model."): tensor.double() for name, tensor in w.items()}
+    T, D, act = len(ids), heads(c)[2], ACTIVATIONS[c.get("hidden_act") or "silu"]
+    angles = torch.arange(T)[:, None] * torch.tensor(plain_frequencies(c), dtype=torch.float64)
+
+    def norm(x, name):
+        return x / (x.square().mean(-1, keepdim=True) + (c.get("rms_norm_eps") or 1e-6)).sqrt() * w[name + ".weight"]
+
+    def project(x, name):
+        return x @ w[name + ".weight"].T + w.get(name + ".bias", 0)
+
+    def turn(x):   # each pair of a head's dimensions as a complex number
+        x = torch.complex(x[..., :D // 2], x[..., D // 2:]) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat([x.real, x.imag], -1)
+
+    x = w["embed_tokens.weight"][ids]
+    for l in range(c["num_hidden_layers"]):
+        at, h = f"layers.{l}.", norm(x, f"layers.{l}.input_layernorm")
+        q, k, v = (project(h, f"{at}self_attn.{name}_proj").view(T, -1, D).transpose(0, 1) for name in "qkv")
+        if c["model_type"] == "qwen3":
+            q, k = norm(q, at + "self_attn.q_norm"), norm(k, at + "self_attn.k_norm")
+        o = plain_attention(turn(q), turn(k), v, D ** -0.5, plain_window(c, l))
+        x = x + project(o.transpose(0, 1).reshape(T, -1), at + "self_attn.o_proj")
+        h = norm(x, at + "post_attention_layernorm")
+        x = x + project(act(project(h, at + "mlp.gate_proj")) * project(h, at + "mlp.up_proj"), at + "mlp.down_proj")
+    return norm(x, "norm") @ w.get("lm_head.weight", w["embed_tokens.weight"]).T
+
+
+def plain(config: dict, tensors: dict[str, Tensor], ids: list[int]) -> Tensor:
+    """float64 [T, V]: the logits after each token. Tensors that no layer names are ignored, as biases and heads are used
+    wherever they are stored."""
+    return (plain_gpt2 if config["model_type"] == "gpt2" else plain_llama)(config, tensors, ids)
+
+
+def plain_greedy(config: dict, tensors: dict[str, Tensor], ids: list[int], n: int) -> list[int]:
+    """n greedy tokens, the whole prefix recomputed for each."""
+    ids = list(ids)
+    for _ in range(n):
+        ids.append(int(plain(config, tensors, ids)[-1].argmax()))
+    return ids[-n:]
+
+
+NEW = 12   # tokens that most tests of the engine ask for
+
+
+def repeat(step):
+    """In the place of `batch.record` where there is no GPU: what it gives runs the step again."""
+    result = step()
+    return lambda: result.copy_(step()), result

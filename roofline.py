@@ -1,0 +1,251 @@
+"""What a step must cost: operations, bytes, and the two limits of a machine. (Read nanoserve.py first.)
+
+A step does operations and moves bytes. It takes at least operations / peak seconds and at least bytes / bandwidth
+seconds, whichever is longer: that is the roofline (Williams et al. 2009). Two numbers of the same kind say who waits
+for whom. A step's arithmetic intensity is its operations per byte. A machine's balance is its peak / bandwidth, the
+operations that it does in the time in which a byte arrives. A step with less intensity than the balance is bound by
+memory, one with more is bound by compute:
+
+    operations per second
+      peak |          ____________
+           |        /                  left of the balance operations wait for bytes: bandwidth x intensity
+           |      /                    right of it bytes wait for operations: peak
+           |    /
+           +----------+-----------     operations per byte
+                   balance
+
+"The cat sat" on demo/llama in float32: its prefill does 12.2 MFLOP on 8.67 MB, 1.4 operations per byte, and a decode
+step after it 4.3 MFLOP on 8.66 MB, 0.5. Both are below the balance of any machine: for three tokens and for one,
+what takes time is reading the weights. A prompt of 512 tokens does 223 operations per byte. So a prompt is bound by
+compute and a decode by memory, a batch of decodes shares one reading of the weights and costs little more than one
+alone, and `crossover` says up to which batch.
+
+The limits are measured on the machine (`measured_ceiling`), not read from its brochure, but for the machines of
+HARDWARE, which are not here. `bench.py` measures how near to its limits a step comes, and `--explain` says it of every
+step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from checkpoint import DTYPES, Config, read_config
+from linear import Part, linear, pack
+
+
+# ---------------------------------------------------------------------------------------------
+# A step
+
+class Cost(NamedTuple):
+    flops: float
+    bytes: float
+
+
+def step_cost(c: Config, chunks: list[tuple[int, int]], itemsize: int, logits: int | None = None) -> Cost:
+    """Operations and bytes of one step for requests of (new, past) tokens, of whom `logits` (None: all) want logits.
+
+    Operations: two per weight of a layer and new token; two per weight of the head and request; four per head
+    dimension and pair of a query and a key that it sees (q.k and the weighted sum of v). Norms, RoPE and softmax are
+    left out: they are a few per mille. Bytes: each of these weights once, for all requests together; K and V of the
+    past once, and those of new tokens written and read. Activations stay in caches. (Pope et al. 2022, section 2.)
+    """
+    weights, head, logits = layer_weights(c), c.V * c.E, len(chunks) if logits is None else logits
+    new, pairs, kv = sum(n for n, _ in chunks), 0, 0
+    for window in c.windows:   # a query sees itself and window - 1 tokens before it
+        w = window or c.context
+        pairs += sum(min(past + i + 1, w) for n, past in chunks for i in range(n)) if window else sum(
+            n * past + n * (n + 1) // 2 for n, past in chunks)
+        kv += 2 * c.K * c.D * (sum(min(past, w - 1) for _, past in chunks) + 2 * new)
+    return Cost(2 * new * weights + 2 * logits * head + 4 * c.H * c.D * pairs,
+                itemsize * (weights + head * bool(logits) + kv))
+
+
+def layer_weights(c: Config) -> int:
+    """Weights of all layers that take part in products: q, k, v and out; up and down, and Llama's gate."""
+    return c.L * (c.E * (c.H + 2 * c.K) * c.D + c.H * c.D * c.E + c.I * c.E * (3 if c.family == "llama" else 2))
+
+
+def kv_bytes(c: Config, itemsize: int) -> int:
+    """Bytes of K and V per token of context."""
+    return 2 * c.L * c.K * c.D * itemsize
+
+
+# ---------------------------------------------------------------------------------------------
+# A machine
+
+class Ceiling(NamedTuple):
+    """A machine: operations per second in one dtype, bytes per second read from memory."""
+    peak: float
+    bandwidth: float
+
+    @property
+    def balance(self) -> float:
+        """Operations that it does while a byte arrives."""
+        return self.peak / self.bandwidth
+
+    def seconds(self, cost: Cost) -> float:
+        """The least time in which a step can be done."""
+        return max(cost.flops / self.peak, cost.bytes / self.bandwidth)
+
+    def verdict(self, cost: Cost) -> str:
+        return "compute" if cost.flops / cost.bytes > self.balance else "memory"
+
+
+HARDWARE = {   # the makers' data sheets: dense operations per second in bfloat16 (m3-max: float16), bytes per second
+    "a100": Ceiling(312e12, 2.039e12), "h100": Ceiling(989e12, 3.35e12), "h200": Ceiling(989e12, 4.8e12),
+    "rtx-4090": Ceiling(165e12, 1.008e12), "m3-max": Ceiling(28e12, 0.4e12)}
+
+
+def crossover(c: Config, ceiling: Ceiling, context: int, itemsize: int) -> str:
+    """From which batch on a decode step has more operations than the machine does while its bytes arrive."""
+    one, two = (step_cost(c, [(1, context)] * B, itemsize) for B in (1, 2))
+    flops, each = two.flops - one.flops, two.bytes - one.bytes        # per request
+    balance = ceiling.balance
+    if flops <= balance * each:
+        return (f"compute-bound at no batch, as a request brings {flops / each:.0f} operations per byte of its K and V "
+                f"and the machine's balance is {balance:.0f}")
+    # At batch B: B flops operations, and the weights and B each bytes, of which one.bytes has the weights and one each.
+    return f"compute-bound at batch {balance * (one.bytes - each) / (flops - balance * each):.0f}"
+
+
+def on_paper(c: Config, m: Ceiling, name: str, T: int) -> list[list[str]]:
+    """What a model in a 2-byte dtype must cost on the machine of this name with T tokens of context: rows of what it
+    is, its formula with the numbers in it, and its value."""
+    weights, kv, G = layer_weights(c), kv_bytes(c, 2), 1e9
+    P, decode, prefill = weights + c.V * c.E, step_cost(c, [(1, T)], 2), step_cost(c, [(T, 0)], 2)
+    tps, ttft = 1 / m.seconds(decode), m.seconds(prefill)
+    met, size, per_token = f"{P / G:.2f} G", f"{2 * P / G:.2f} GB", f"{kv / 1024:.0f} KiB"   # for later rows
+    read, ops, prompt = f"{decode.bytes / G:.2f}", f"{decode.flops / G:.1f}", f"{prefill.flops / 1e12:.2f} TFLOP"
+    peak, memory = f"{m.peak / 1e12:.1f} TFLOP/s", f"{m.bandwidth / 1e12:.3f} TB/s"
+    step, wait, speed = f"{1e3 / tps:.2f} ms", f"{ttft * 1e3:.1f} ms", f"{T / ttft:,.0f}"
+    return [
+        ["weights that a token meets", f"{weights / G:.3f} G in layers + V E = {c.V} x {c.E}", met],
+        ["their bytes", f"2 x {met}", size],
+        ["K and V per token", f"2 x L K D x 2 = 2 x {c.L} x {c.K} x {c.D} x 2", per_token],
+        ["the same without GQA", f"2 x L H D x 2 = 2 x {c.L} x {c.H} x {c.D} x 2", f"{kv * c.H // c.K / 1024:.0f} KiB"],
+        [f"bytes of a decode step at {T}", f"{size} + {T} x {per_token}", f"{read} GB"],
+        ["its operations", f"2 x {met} + 4 L H D x {T}", f"{ops} GFLOP"],
+        ["its intensity", f"{ops} / {read}", f"{decode.flops / decode.bytes:.2f} FLOP/B"],
+        [f"balance of {name}", f"{peak} / {memory}", f"{m.balance:.0f} FLOP/B"],
+        ["its least time", f"{read} GB / {memory}" if m.verdict(decode) == "memory" else f"{ops} GFLOP / {peak}", step],
+        ["bound on TPS at batch 1", f"1 / {step}", f"{tps:.0f} tokens/s"],
+        [f"operations of a prompt of {T}", f"2 x {weights / G:.2f} G x {T} + 2 V E + 2 L H D x {T} x {T + 1}", prompt],
+        ["bound on its TTFT", f"{prompt} / {peak}" if m.verdict(prefill) == "compute" else
+         f"{prefill.bytes / G:.2f} GB / {memory}", wait],
+        ["prefill tokens/s", f"{T} / {wait}", speed],
+        ["prefill over decode, per token", f"{speed} / {tps:.0f}", f"{T / ttft / tps:.0f} times"],
+    ]
+
+
+def measured_ceiling(device: torch.device, dtype: str) -> Ceiling:
+    """What this machine reaches at its best: the sum of a large tensor, and a large product. The best of 30 tries: a
+    neighbour can only slow them down."""
+    x = torch.zeros(1 << 27, device=device)
+    size = 2048 if device.type == "cpu" else 8192
+    x_TE, weight = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in "xw")
+    part = pack(Part(weight)) if device.type == "cpu" else None
+    product = (lambda: linear(x_TE, part)) if part else (lambda: x_TE @ weight.T)
+
+    def least(call):   # a GPU's own clock: waiting for it takes a tenth of the time in which it reads x
+        if device.type == "cuda":
+            return gpu_seconds([call])
+        call()
+        return min(clock(call, device) for _ in range(30))
+    return Ceiling(2 * size ** 3 / least(product), x.nbytes / least(x.sum))
+
+
+def machine(device: torch.device) -> str:
+    """What it is called, and on a CPU how many threads PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return f"{found[1] if found else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+# ---------------------------------------------------------------------------------------------
+# Measuring, on a machine on which others may be at work
+
+def clock(call: Callable, device: torch.device) -> float:
+    """Seconds of one call, the device's work included."""
+    wait = getattr(torch, device.type).synchronize   # on a CPU it returns at once
+    wait()
+    begin = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - begin
+
+
+def gpu_seconds(calls: list[Callable], repeats: int = 20) -> float:
+    """Median seconds of one call, by CUDA events around a replayed graph of all of them: launching costs nothing."""
+    for call in calls:   # compile, plan
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeats + 2):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1000 / len(calls))
+    return median(times[2:])
+
+
+def in_turns(measures: list[Callable[[], float]], turns: int = 5) -> list[list[float]]:
+    """What each measurement gives in each turn, after a turn that does not count: it compiles, records and touches
+    memory for the first time. Whoever disturbs the machine for a while disturbs all of them alike."""
+    found = [[measure() for measure in measures] for _ in range(turns + 1)]
+    return [list(column) for column in zip(*found[1:])]
+
+
+def ratio(dividends: list[float], divisors: list[float]) -> float | str:
+    """The median turn's ratio; "-" if most turns are not within a factor of two of it: nobody could believe it."""
+    found = [a / b if b > 0 else math.inf for a, b in zip(dividends, divisors)]
+    middle = median(found)
+    agree = sum(middle / 2 <= x <= middle * 2 for x in found if 0 < x < math.inf)
+    return middle if agree > len(found) / 2 else "-"
+
+
+# ---------------------------------------------------------------------------------------------
+# Shapes of known models, in the words of their config.json: nothing is downloaded
+
+def llama(V: int, E: int, I: int, L: int, H: int, K: int, **more) -> dict:
+    """The config.json of a Llama of this shape."""
+    return dict(model_type="llama", vocab_size=V, hidden_size=E, intermediate_size=I, num_hidden_layers=L,
+                num_attention_heads=H, num_key_value_heads=K, max_position_embeddings=8192, dtype="bfloat16") | more
+
+
+SHAPES = {
+    "gpt2": dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12,
+                 dtype="bfloat16"),
+    "llama-135m": llama(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True),
+    "llama-1b": llama(128256, 2048, 8192, 16, 32, 8, tie_word_embeddings=True, rope_theta=500000.0),
+    "llama-2-7b": llama(32000, 4096, 11008, 32, 32, 32, max_position_embeddings=4096),
+    "llama-8b": llama(128256, 4096, 14336, 32, 32, 8, rope_theta=500000.0),
+    "qwen3-0.6b": llama(151936, 1024, 3072, 28, 16, 8, model_type="qwen3", head_dim=128, tie_word_embeddings=True,
+                        rope_theta=1e6),
+}
+SHAPES["llama-3-8b"] = SHAPES["llama-8b"]
+
+
+def config_of(shape: str) -> Config:
+    """The Config of a name in SHAPES, for random weights or for `estimate`."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
+        return read_config(Path(folder))

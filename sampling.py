@@ -1,0 +1,463 @@
+"""Which token: a pure function of logits, key and position. (Imports no other room; a first reading may skip it.)
+
+The exponential race. Give token i the waiting time E_i / w_i, where w_i = exp(logit_i / temperature) and the E_i are
+independent exponential numbers. The shortest time is that of token i with probability w_i / (w_1 + ... + w_V), so the
+winner of the race is a sample. (In logarithms this is the Gumbel-max trick: the largest logit_i / temperature + G_i;
+Gumbel 1954; Maddison, Tarlow and Minka 2014.)
+
+Why a hash and not a generator. A generator has a state, which must follow a request through preemption, other
+processes and rejected drafts. Here number i of a token is splitmix64 (Steele, Lea and Flood 2014) of the request's
+key, the token's position and i: whoever needs it computes it, in any order, on any device.
+
+Why drafts agree. Two models that look at the same (key, position) hold the same race: what is likely for both mostly
+wins both times (Daliri, Musco and Suresh 2025).
+
+Why it costs little. The race has two levels: blocks of BLOCK tokens race with the sums of their weights, then the
+tokens of the block that won. P(block) P(token | block) = P(token), with V / BLOCK + BLOCK random numbers, not V.
+
+Top-k and top-p without a sort (rejection sampling, after FlashInfer, Ye et al. 2025). Order tokens by logit, ties by
+id. Top-k keeps the first k; top-p keeps of these, renormalised, each token whose predecessors add up to less than p
+(Holtzman et al. 2019). Both keep a beginning of the order. So draw from all tokens and look at what comes before the
+token that was drawn: how many tokens, how much weight. Is it kept? Then it is a sample. Is it not? Then neither is
+anything behind it: draw again, with new noise, among its predecessors. Each draw is from a superset of what is kept,
+so what is accepted at last has the right distribution. Among equal logits that takes 1 + ln(1 / p) draws on average:
+
+    logits   2.0  1.0  0.5  0.1  ...   top_p = 0.7: keeps 2.0 and 1.0
+    draw 0             0.5             its predecessors have 0.75 of the weight: not kept
+    draw 1   among 2.0 and 1.0
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+BLOCK = 256           # tokens in a block, whatever V is: models whose vocabularies are padded differently hold one race
+GROUP = 16            # logits per group, see `guess_floors`
+GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB   # the constants of splitmix64
+COLDEST = 1e-30       # lower temperatures are this one: float32 holds it, and all but the best logits have weight 0
+triton = tl = None    # until `load_triton`
+KERNELS = []
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. Raises ValueError for values that make no sense."""
+    max_tokens: int = 32           # at most so many new tokens
+    temperature: float = 0.0       # logits are divided by it; 0 takes the most likely token
+    top_k: int = 0                 # sample from the k most likely tokens; 0: from all
+    top_p: float = 1.0             # sample from the fewest most likely tokens that add up to p (Holtzman et al. 2019)
+    seed: int | None = None        # the same seed gives the same text, whatever else runs (in float32, up to ties that
+                                   # rounding decides); None: by chance
+    stop: str | tuple[str, ...] = ()   # end the text before any of these strings
+    ignore_eos: bool = False       # go on to max_tokens
+    n: int = 1                     # so many continuations of the prompt; with a seed, each has the next one
+    logprobs: int | None = None    # log-probabilities of each token and of the k most likely ones; None: of none
+    logits_processor: Callable[[list[int], Tensor], Tensor] | None = None   # (new tokens so far, logits_V) -> logits_V
+
+    def __post_init__(self):
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) and s for s in stop):
+            raise ValueError(f"stop is {self.stop!r}: it must be a string or several, none of them empty")
+        object.__setattr__(self, "stop", tuple(stop))
+        temperature, top_p = (x if isinstance(x, Real) and not isinstance(x, bool) else math.nan
+                              for x in (self.temperature, self.top_p))
+        for name, fits, kind in (
+                ("max_tokens", is_int(self.max_tokens) and self.max_tokens > 0, "a whole number, 1 or more"),
+                ("temperature", 0 <= temperature <= 1e6, "a number from 0 (greedy) to a million"),
+                ("top_k", is_int(self.top_k) and 0 <= self.top_k < 2 ** 31, "a whole number, 0 (off) to 2147483647"),
+                ("top_p", 0 < top_p <= 1, "a number above 0 and at most 1"),
+                ("seed", self.seed is None or is_int(self.seed) and self.seed >= 0, "None or a whole number from 0 on"),
+                ("n", is_int(self.n) and self.n > 0, "a whole number, 1 or more"),
+                ("logprobs", self.logprobs is None or is_int(self.logprobs) and self.logprobs >= 0, "None, 0 or more"),
+                ("logits_processor", self.logits_processor is None or callable(self.logits_processor), "a function")):
+            if not fits:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be {kind}")
+
+
+def is_int(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+# ---------------------------------------------------------------------------------------------
+# Noise
+
+def mix(z: int) -> int:
+    """The output function of splitmix64: 64 bits that look random, each hanging on all 64 of z."""
+    z = (z ^ z >> 30) * MIX_1 % 2 ** 64
+    z = (z ^ z >> 27) * MIX_2 % 2 ** 64
+    return z ^ z >> 31
+
+
+def noise_key(seed: int | None, sample: int = 0) -> int:
+    """The 64-bit key of a request's noise. Sample i of a seed has the key of seed + i; without a seed it is by chance."""
+    if seed is None:
+        return secrets.randbits(64)
+    key, rest = 0, int(seed) + sample
+    while True:   # 64 bits at a time
+        key, rest = mix((key + GOLDEN + rest) % 2 ** 64), rest >> 64
+        if not rest:
+            return key
+
+
+def stream(key: int, position: int) -> int:
+    """Where the noise of a token begins in the sequence of splitmix64, as int64."""
+    start = mix((mix(key) + position * GOLDEN) % 2 ** 64)
+    return start - 2 ** 64 if start >= 2 ** 63 else start
+
+
+def exponentials(start_R: Tensor, draw: int, n: int) -> Tensor:
+    """n exponential numbers for each row's draw, float64 [R, n]. Products of int64 wrap around.
+
+    They have 52 random bits: the less likely a token, the nearer to 0 must be the number with which it wins.
+    """
+    z = start_R[:, None] + (torch.arange(n, device=start_R.device) + (draw << 32)) * (GOLDEN - 2 ** 64)
+    z = (z ^ z >> 30 & 2 ** 34 - 1) * (MIX_1 - 2 ** 64)   # the masks: bits that come in from the left are 0, not the sign
+    z = (z ^ z >> 27 & 2 ** 37 - 1) * (MIX_2 - 2 ** 64)
+    z = (z ^ z >> 31 & 2 ** 33 - 1) >> 12 & 2 ** 52 - 1
+    return z.double().add_(0.5).mul_(-2.0 ** -52).log1p_().neg_()   # -log(1 - u), 0 < u < 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Choosing a token
+
+def sample(logits_BV: Tensor, params: list[SamplingParams], keys: list[int], positions: list[int]) -> list[int]:
+    """One token per row: the most likely at temperature 0, else drawn with the noise of its key and position.
+    -1 where the row's largest logit is not finite."""
+    if logits_BV.is_cuda and load_triton():
+        return sample_triton(logits_BV, params, keys, positions)
+    return sample_torch(logits_BV.cpu() if logits_BV.is_mps else logits_BV, params, keys, positions)   # mps: no float64
+
+
+def sample_torch(logits_BV: Tensor, params: list[SamplingParams], keys: list[int], positions: list[int]) -> list[int]:
+    """`sample` on any device. N is blocks of L = BLOCK tokens, R the rows that are still to be drawn."""
+    (B, V), device = logits_BV.shape, logits_BV.device
+    logits_BV = logits_BV.float()
+    if V % BLOCK:
+        logits_BV = pad(logits_BV, (0, -V % BLOCK), value=-torch.inf)
+    logits_BNL = logits_BV.reshape(B, -1, BLOCK)
+    best_BN = logits_BNL.amax(-1)
+    best_B, block_B = best_BN.amax(-1), best_BN.argmax(-1)
+    likely_B = block_B * BLOCK + logits_BNL[torch.arange(B, device=device), block_B].argmax(-1)
+    tokens = likely_B.where(best_B.isfinite(), -1).tolist()
+    rows = [Row(b, V, p, keys[b], positions[b]) for b, p in enumerate(params) if p.temperature and tokens[b] >= 0]
+    if not rows:
+        return tokens
+
+    logits_RNL, best_R = take([row.b for row in rows], logits_BNL, best_B)
+    start_R = torch.tensor([row.start for row in rows], device=device)
+    temperature_R = torch.tensor([row.temperature for row in rows], dtype=torch.float32, device=device)
+    weights_RNL = torch.sub(logits_RNL, best_R[:, None, None]).div_(temperature_R[:, None, None]).exp_()
+    cut = any(row.k or row.p < 1 for row in rows)
+    if any(row.k for row in rows):   # about the first k, or more
+        floor_R = guess_floors(logits_RNL.flatten(1), [row.k for row in rows])
+        inside_RNL = torch.ge(logits_RNL, floor_R[:, None, None], out=torch.empty_like(logits_RNL))
+        for r, (row, floor, size) in enumerate(zip(rows, floor_R.tolist(), inside_RNL.sum((1, 2)).tolist())):
+            if size >= row.k:
+                row.floor, row.size = floor, size
+            else:
+                inside_RNL[r] = 1.0
+        weights_RNL *= inside_RNL
+    sums_RN = weights_RNL.sum(-1)
+    if cut:
+        for row, total, best in zip(rows, total_of(sums_RN), best_R.tolist()):
+            row.bound_total(total, best)
+
+    for draw in itertools.count():
+        block_R, lane_R = race(weights_RNL, sums_RN, start_R, draw)
+        drawn = (block_R * BLOCK + lane_R).tolist()
+        counts = masses = itertools.repeat(0)
+        if cut:
+            before_RNL = predecessors(logits_RNL, block_R, lane_R)
+            weights_RNL *= before_RNL
+            sums_RN = weights_RNL.sum(-1)
+            counts, masses = before_RNL.sum((1, 2)).tolist(), total_of(sums_RN)
+        again = []
+        for r, (row, token, count, mass) in enumerate(zip(rows, drawn, counts, masses)):
+            if row.keeps(count, mass, logits_BNL):
+                tokens[row.b] = token
+            else:
+                again.append(r)
+        if not again:
+            return tokens
+        rows = [rows[r] for r in again]
+        logits_RNL, weights_RNL, sums_RN, start_R = take(again, logits_RNL, weights_RNL, sums_RN, start_R)
+
+
+def total_of(sums_RN: Tensor) -> list[float]:
+    return sums_RN.sum(-1, dtype=torch.float64).tolist()
+
+
+def take(rows: list[int], *tensors: Tensor) -> list[Tensor]:
+    """These rows of each tensor; the tensors themselves if it is all rows."""
+    if len(rows) == len(tensors[0]):
+        return list(tensors)
+    index = torch.tensor(rows, device=tensors[0].device)
+    return [tensor.index_select(0, index) for tensor in tensors]
+
+
+class Row:
+    """What one row asks for, as numbers: which tokens it keeps, and where its noise begins."""
+
+    def __init__(self, b: int, V: int, params: SamplingParams, key: int, position: int):
+        self.b, self.p, self.k = b, params.top_p, params.top_k if params.top_k < V else 0   # 0: all
+        self.temperature = max(params.temperature, COLDEST)
+        self.start = stream(key, position)
+        self.size, self.floor = V, -math.inf   # so many tokens are drawn from at first; their smallest logit
+
+    def bound_total(self, total: float, best: float):
+        """The weight that top-p is a part of: all, or that of the first k. All but those of the tokens drawn from at
+        first weigh no more than the average of them, and no less than the smallest."""
+        self.best, self.least, self.most = best, total, total
+        if self.k:
+            smallest = math.exp((self.floor - best) / self.temperature)
+            self.least, self.most = total * self.k / self.size, total - (self.size - self.k) * smallest
+
+    def keeps(self, count: int, mass: float, logits_BNL: Tensor) -> bool:
+        """Whether a token is kept that has so many tokens, of so much weight, before it."""
+        if self.k and count >= self.k:
+            return False
+        if self.p == 1 or mass < self.p * self.least:
+            return True
+        if mass >= self.p * self.most:
+            return False
+        logits_K = logits_BNL[self.b].flatten().topk(self.k).values   # seldom: the bounds are close to each other
+        self.least = self.most = ((logits_K - self.best) / self.temperature).exp().sum(dtype=torch.float64).item()
+        return mass < self.p * self.most
+
+
+def race(weights_RNL: Tensor, sums_RN: Tensor, start_R: Tensor, draw: int) -> tuple[Tensor, Tensor]:
+    """Which block wins each row, and which token of the block. The waiting time of weight 0 is infinite."""
+    times = exponentials(start_R, draw, BLOCK + sums_RN.shape[1])   # those of tokens, then those of blocks
+    block_R = (times[:, BLOCK:] / sums_RN).argmin(-1)
+    weights_RL = weights_RNL[torch.arange(len(block_R), device=block_R.device), block_R]
+    return block_R, (times[:, :BLOCK] / weights_RL).argmin(-1)
+
+
+def predecessors(logits_RNL: Tensor, block_R: Tensor, lane_R: Tensor) -> Tensor:
+    """1.0 for tokens that come before token (block, lane) of their row: larger logits, equal ones with a lower id.
+    (Comparisons into floats are vectorised, and so are products with them; masks and `where` take ten times as long.)"""
+    R, N, L = logits_RNL.shape
+    each_R, n_N, l_L = (torch.arange(n, device=logits_RNL.device) for n in (R, N, L))
+    own_RL = logits_RNL[each_R, block_R]
+    pivot_R1 = own_RL.gather(1, lane_R[:, None])
+    below_R1 = pivot_R1.nextafter(torch.full_like(pivot_R1, -torch.inf))   # x > below is x >= pivot
+    bar_RN = torch.where(n_N < block_R[:, None], below_R1, pivot_R1)
+    before_RNL = torch.gt(logits_RNL, bar_RN[:, :, None], out=torch.empty_like(logits_RNL))
+    before_RNL[each_R, block_R] = torch.gt(own_RL, torch.where(l_L < lane_R[:, None], below_R1, pivot_R1)).float()
+    return before_RNL
+
+
+def guess_floors(logits_BV: Tensor, ks: list[int]) -> Tensor:
+    """Logits [B] that k tokens of the row, and few more, are at or above; -inf where k is 0. It is a guess and need not
+    be right: it saves draws. V is a multiple of GROUP.
+
+    Small k: the k-th largest of the maxima of V / GROUP groups (more are above it only where groups have two). Large k:
+    of every GROUP-th logit the one with such a rank that it is hardly ever above the k-th largest of the row, two
+    standard deviations and two beyond the rank that is expected.
+    """
+    V, floor_B = logits_BV.shape[1], torch.full([len(ks)], -torch.inf, device=logits_BV.device)
+    small = {b: k for b, k in enumerate(ks) if 0 < k <= V // (4 * GROUP)}
+    large = {b: math.ceil(k / GROUP + 2 * math.sqrt(k / GROUP) + 2) for b, k in enumerate(ks) if k and b not in small}
+    for ranks in (small, large):
+        if ranks:
+            groups_RGM = take(list(ranks), logits_BV)[0].view(len(ranks), GROUP, -1)
+            some_RM = groups_RGM.amax(1) if ranks is small else groups_RGM.flatten(1)[:, ::GROUP]
+            rank_R1 = torch.tensor(list(ranks.values()), device=floor_B.device)[:, None].clamp(max=some_RM.shape[1])
+            sorted_RM = some_RM.topk(min(max(ranks.values()), some_RM.shape[1])).values
+            floor_B[list(ranks)] = sorted_RM.gather(1, rank_R1 - 1)[:, 0]
+    return floor_B
+
+
+# ---------------------------------------------------------------------------------------------
+# Around it: strangers' functions, log-probabilities
+
+def choose(logits_BV: Tensor, requests: list) -> tuple[list[int], dict]:
+    """A token for each request, and what went wrong instead: in its logits_processor, or in the model."""
+    errors, processed_BV = {}, logits_BV
+    rows = [b for b, request in enumerate(requests) if request.params.logits_processor]
+    if rows:
+        processed_BV = logits_BV.clone()
+    for b in rows:
+        request, logits_V = requests[b], logits_BV[b].clone()
+        try:
+            logits_V = request.params.logits_processor(list(request.output.token_ids), logits_V)
+            if not torch.is_tensor(logits_V) or logits_V.shape != logits_BV[b].shape:
+                raise ValueError(f"it gave {str(logits_V)[:50]} and not logits of shape {list(logits_BV[b].shape)}")
+            processed_BV[b] = logits_V
+            if not processed_BV[b].max().isfinite():
+                raise ValueError("it left no token to choose: the largest logit must be a finite number")
+        except Exception as error:   # anything may happen in a stranger's function
+            processed_BV[b], errors[request] = 0.0, f"logits_processor: {describe(error)}"
+    keys, positions = [request.key for request in requests], [len(request.tokens) for request in requests]
+    tokens = sample(processed_BV, [request.params for request in requests], keys, positions) if requests else []
+    for request, token in zip(requests, tokens):
+        if token < 0:
+            errors[request] = ("the model's logits are not finite: its weights are damaged, "
+                               "or its dtype is too small, so try float32 or bfloat16")
+    return tokens, errors
+
+
+def describe(error: Exception) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:   # a stranger's exception, which fails to describe itself
+        return type(error).__name__
+
+
+def log_probabilities(logits_V: Tensor, token: int, k: int) -> dict[int, float]:
+    """Of the token, then of the k most likely ones, by the model alone: no temperature, no logits_processor."""
+    logprobs_V = logits_V.log_softmax(-1)
+    values, ids = logprobs_V.topk(min(k, len(logprobs_V)))
+    return {token: logprobs_V[token].item()} | dict(zip(ids.tolist(), values.tolist()))
+
+
+# ---------------------------------------------------------------------------------------------
+# The same on a GPU: one program per row, and the host waits for nothing but the tokens
+
+def jit(function):
+    """Mark a function for triton.jit, which waits until there is a GPU to sample on."""
+    KERNELS.append(function)
+    return function
+
+
+@cache
+def load_triton() -> bool:
+    """Import Triton and make kernels of the functions marked @jit. False where there is no Triton."""
+    global triton, tl
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return False
+    for function in KERNELS:
+        globals()[function.__name__] = triton.jit(function)
+    return True
+
+
+def sample_triton(logits_BV: Tensor, params: list[SamplingParams], keys: list[int], positions: list[int]) -> list[int]:
+    """`sample` by one kernel. It draws from the same supersets with the same noise as `sample_torch`."""
+    (B, V), device = logits_BV.shape, logits_BV.device
+    logits_BV = logits_BV.contiguous()
+    rows = [Row(b, V, *of_row) for b, of_row in enumerate(zip(params, keys, positions))]
+    whole_B2 = torch.tensor([[row.start, row.k] for row in rows]).to(device, non_blocking=True)
+    real_B2 = torch.tensor([[row.temperature if p.temperature else 0.0, row.p] for row, p in zip(rows, params)],
+                           dtype=torch.float64).to(device, non_blocking=True)
+    floor_B = tokens_B = torch.empty(B, dtype=torch.int64, device=device)
+    if any(row.k for row in rows):
+        floor_B = guess_floors(pad(logits_BV.float(), (0, -V % BLOCK), value=-torch.inf), [row.k for row in rows])
+    _sample_kernel[(B,)](logits_BV, floor_B, whole_B2, real_B2, tokens_B, V, V, BLOCK=BLOCK, BLOCKS=8, num_warps=8)
+    return tokens_B.tolist()
+
+
+@jit
+def _exponentials(start, draw, numbers):
+    """`exponentials`; unsigned, so that bits that come in from the left are 0."""
+    z = start.to(tl.uint64) + (numbers.to(tl.uint64) + (draw.to(tl.uint64) << 32)) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    z = (z ^ (z >> 31)) >> 12
+    return -tl.log(1.0 - (z.to(tl.float64) + 0.5) * 2.220446049250313e-16)
+
+
+@jit
+def _kth_largest(logits_ptr, V, k, SIZE: tl.constexpr):
+    """By bisection on the bits, which as whole numbers are in order once those of negative logits are turned."""
+    low, high = tl.full([], -2 ** 31, tl.int64), tl.full([], 2 ** 31, tl.int64)   # at least k are at or above low
+    while high - low > 1:
+        middle = (low + high) >> 1
+        count_S = tl.zeros([SIZE], tl.int32)
+        for begin in range(0, V, SIZE):
+            ids = begin + tl.arange(0, SIZE)
+            bits = tl.load(logits_ptr + ids, ids < V, -float("inf")).to(tl.float32).to(tl.int32, bitcast=True)
+            count_S += ((ids < V) & ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >= middle)).to(tl.int32)
+        enough = tl.sum(count_S) >= k
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+    bits = low.to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@jit
+def _before(logits_ptr, V, ids, best, temperature, pivot, pivot_id):
+    """Logits, which of them come before token pivot_id, whose logit is the pivot, and what those weigh."""
+    logits = tl.load(logits_ptr + ids, ids < V, -float("inf")).to(tl.float32)
+    before = (ids < V) & ((logits > pivot) | ((logits == pivot) & (ids < pivot_id)))
+    return logits, before, tl.where(before, tl.exp((logits - best) / temperature), 0.0)
+
+
+@jit
+def _sum_before(logits_ptr, V, best, temperature, pivot, pivot_id, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """How many tokens come before the pivot, and their weight."""
+    count_N, mass_N = tl.zeros([BLOCKS], tl.int32), tl.zeros([BLOCKS], tl.float64)
+    for begin in range(0, V, BLOCKS * BLOCK):
+        ids = begin + tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        logits, before, weights = _before(logits_ptr, V, ids, best, temperature, pivot, pivot_id)
+        count_N += tl.sum(before.to(tl.int32), 1)
+        mass_N += tl.sum(weights, 1).to(tl.float64)
+    return tl.sum(count_N), tl.sum(mass_N)
+
+
+@jit
+def _sample_kernel(logits_ptr, floors_ptr, whole_ptr, real_ptr, tokens_ptr, V, row_stride, BLOCK: tl.constexpr,
+                   BLOCKS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * row_stride
+    start, k = tl.load(whole_ptr + 2 * row), tl.load(whole_ptr + 2 * row + 1)
+    temperature, p = tl.load(real_ptr + 2 * row).to(tl.float32), tl.load(real_ptr + 2 * row + 1)
+    # The best logit, the first token that has it, and whether anything is NaN, which is not equal to itself.
+    best_S, at_S = tl.full([BLOCKS * BLOCK], -float("inf"), tl.float32), tl.zeros([BLOCKS * BLOCK], tl.int32)
+    strange_S = tl.zeros([BLOCKS * BLOCK], tl.int32)
+    for begin in range(0, V, BLOCKS * BLOCK):
+        ids = begin + tl.arange(0, BLOCKS * BLOCK)
+        logits = tl.load(logits_ptr + ids, ids < V, -float("inf")).to(tl.float32)
+        strange_S |= (logits != logits).to(tl.int32)
+        at_S = tl.where(logits > best_S, ids, at_S)
+        best_S = tl.where(logits > best_S, logits, best_S)
+    best = tl.max(best_S)
+    token = tl.min(tl.where(best_S == best, at_S, V))
+    finite = (tl.max(strange_S) == 0) & (tl.abs(best) < float("inf"))
+    if finite & (temperature > 0):
+        # Drawn from: what comes before the pivot. At first all, or the guess at the first k if it holds k.
+        pivot, pivot_id = tl.full([], -float("inf"), tl.float32), tl.zeros([], tl.int32) + V
+        size, total = _sum_before(logits_ptr, V, best, temperature, pivot, pivot_id, BLOCK, BLOCKS)
+        if k > 0:
+            floor = tl.load(floors_ptr + row)
+            size, mass = _sum_before(logits_ptr, V, best, temperature, floor, V, BLOCK, BLOCKS)
+            pivot = tl.where(size >= k, floor, pivot)
+            if p < 1:
+                kth = _kth_largest(logits_ptr, V, k, BLOCKS * BLOCK)
+                above, mass = _sum_before(logits_ptr, V, best, temperature, kth, 0, BLOCK, BLOCKS)
+                total = mass + (k - above) * tl.exp((kth - best) / temperature).to(tl.float64)
+        draw, drawing = tl.zeros([], tl.int32), tl.full([], 1, tl.int32)
+        while drawing > 0:
+            time_N, block_N = tl.full([BLOCKS], float("inf"), tl.float64), tl.zeros([BLOCKS], tl.int32)
+            for begin in range(0, tl.cdiv(V, BLOCK), BLOCKS):
+                blocks = begin + tl.arange(0, BLOCKS)
+                ids = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+                logits, before, weights = _before(logits_ptr, V, ids, best, temperature, pivot, pivot_id)
+                sums = tl.sum(weights, 1).to(tl.float64)
+                times = _exponentials(start, draw, BLOCK + blocks) / tl.where(sums > 0, sums, 1.0)
+                times = tl.where(sums > 0, times, float("inf"))
+                block_N = tl.where(times < time_N, blocks, block_N)
+                time_N = tl.minimum(times, time_N)
+            block = tl.min(tl.where(time_N == tl.min(time_N), block_N, V))
+            ids = block * BLOCK + tl.arange(0, BLOCK)
+            logits, before, weights = _before(logits_ptr, V, ids, best, temperature, pivot, pivot_id)
+            times = _exponentials(start, draw, tl.arange(0, BLOCK)) / tl.where(weights > 0, weights, 1.0).to(tl.float64)
+            times = tl.where(weights > 0, times, float("inf"))
+            token = tl.min(tl.where(times == tl.min(times), ids, V))
+            pivot, pivot_id = tl.max(tl.where(ids == token, logits, -float("inf"))), token
+            count, mass = _sum_before(logits_ptr, V, best, temperature, pivot, pivot_id, BLOCK, BLOCKS)
+            kept = ((k == 0) | (count < k)) & ((p == 1) | (mass < p * total))
+            drawing = tl.where(kept, 0, 1)
+            draw += 1
+    tl.store(tokens_ptr + row, tl.where(finite, token, -1))

@@ -1,0 +1,744 @@
+"""The measurements: what a step must cost, what `bench.py` prints, and what one sees of the loop. (Read beside
+roofline.py, bench.py and watch.py.)
+
+Where time comes in, a clock stands in that moves only when a test tells it to: no outcome depends on the machine.
+"""
+
+import itertools
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import bench
+import checkpoint
+import cli
+import kernels
+import model
+import nanoserve
+import roofline
+import watch
+from batch import Chunk, make_batch
+from nanoserve import LLM, SamplingParams
+from reference import CONFIGS, FAMILIES, repeat, tensors_of, write_checkpoint
+from roofline import Ceiling, config_of, step_cost
+
+HERE = Path(__file__).parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TINY = roofline.llama(99, 32, 48, 1, 4, 2)
+
+
+def stand_in_clock(monkeypatch):
+    """The time is .now, and .tick(seconds) and time.sleep move it."""
+    hands = SimpleNamespace(now=100.0)
+
+    def tick(seconds):
+        hands.now += seconds
+    hands.tick = tick
+    monkeypatch.setattr(time, "perf_counter", lambda: hands.now)
+    monkeypatch.setattr(time, "sleep", tick)
+    return hands
+
+
+@pytest.fixture
+def hands(monkeypatch):
+    return stand_in_clock(monkeypatch)
+
+
+def taking(function, hands, seconds):
+    """The function, and it takes so many seconds, or what seconds(*arguments) says."""
+    def call(*arguments):
+        hands.tick(seconds(*arguments) if callable(seconds) else seconds)
+        return function(*arguments)
+    return call
+
+
+def exit_code(main, arguments):
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        return end.code
+
+
+def table(*command):
+    """The first table that a command of bench.py prints: its rows by their first cell, a cell by its column's name."""
+    bench.TABLES.clear()
+    assert bench.main([*command, "--device", "cpu", "--dtype", "float32"]) == 0
+    return cells(bench.TABLES[0])
+
+
+def cells(table):
+    return {row[0]: dict(zip(table["header"], row)) for row in table["rows"]}
+
+
+# ---------------------------------------------------------------------------------------------
+# What a step must cost
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "mistral", "qwen2 with windows"])
+def test_operations_and_bytes_equal_what_torch_counts(tmp_path, monkeypatch, name):
+    config = (FAMILIES | CONFIGS)[name]
+    tensors = tensors_of(config)
+    write_checkpoint(tmp_path, config, tensors)
+    from torch.utils.flop_counter import FlopCounterMode   # imports Triton, which kernels.py must set up first
+    for module in (checkpoint, model, nanoserve):   # operations that the counter knows
+        monkeypatch.setattr(module, "pack", lambda part: part, raising=False)
+    monkeypatch.setattr(model, "linear", lambda x, part: torch.nn.functional.linear(x, part.weight, part.bias))
+    llm = LLM(tmp_path, device="cpu", dtype="float32", attention="naive", block_size=4)
+    c, requests = llm.config, [(1, 20), (1, 0), (9, 5), (7, 0), (4, 26)]
+    for wanted in (5, 2, 0):   # how many requests want logits
+        chunks = [Chunk([1] * n, past, list(range(8 * i, 8 * i + 8)), int(i < wanted)) for i, (n, past) in enumerate(requests)]
+        with FlopCounterMode(display=False) as counter:
+            llm.model(make_batch(chunks, 4), llm.pool)
+        # Which positions each token sees, and which of the past are read, by the definition of a window.
+        sees = [[set(range(max(0, p - (w or 10 ** 9) + 1), p + 1)) for p in range(past, past + n)]
+                for w in c.windows for n, past in requests]
+        # The definition multiplies every query with every key of its request, seen or not.
+        every = c.L * sum(n * (n + past) for n, past in requests)
+        cost = step_cost(c, requests, 4, wanted)
+        assert cost.flops + 4 * c.H * c.D * (every - sum(map(len, sum(sees, [])))) == counter.get_total_flops()
+        read = sum(len([p for p in set().union(*seen) if p < past]) for seen, (_, past) in zip(sees, requests * c.L))
+        read += 2 * c.L * sum(n for n, _ in requests)   # the step's own are written and read
+        matrices = [t for n, t in tensors.items() if t.dim() == 2 and not re.search("wte|wpe|embed|lm_head", n)]
+        head = c.V * c.E * 4 * bool(wanted)
+        assert cost.bytes == sum(t.nbytes for t in matrices) + head + read * 2 * c.K * c.D * 4
+    assert step_cost(c, requests, 2) == step_cost(c, requests, 2, 5)
+    assert roofline.kv_bytes(c, 4) == c.L * (llm.pool.k_LKNSD[0, :, 0, 0].nbytes + llm.pool.v_LKNSD[0, :, 0, 0].nbytes)
+
+
+def test_the_least_time_is_the_longer_of_two():
+    machine = Ceiling(peak=60.0, bandwidth=20.0)
+    assert machine.balance == 3
+    for flops, moved, seconds, verdict in [(120, 20, 2, "compute"), (30, 40, 2, "memory"), (61, 20, 61 / 60, "compute")]:
+        cost = roofline.Cost(flops, moved)
+        assert (machine.seconds(cost), machine.verdict(cost)) == (seconds, verdict)
+
+
+@settings(max_examples=60)
+@given(shape=st.sampled_from(["gpt2", "llama-135m", "llama-8b", "qwen3-0.6b"]), context=st.integers(1, 3000),
+       balance=st.floats(2, 500), itemsize=st.sampled_from([2, 4]))
+def test_crossover_is_the_first_batch_that_is_bound_by_compute(shape, context, balance, itemsize):
+    c, machine = config_of(shape), Ceiling(balance * 1e9, 1e9)
+    said = roofline.crossover(c, machine, context, itemsize)
+
+    one, two = (step_cost(c, [(1, context)] * B, itemsize) for B in (1, 2))
+
+    def bound(B):   # every request adds the same
+        return machine.verdict(roofline.Cost(*(a + (B - 1) * (b - a) for a, b in zip(one, two))))
+    if "no batch" in said:
+        assert bound(10 ** 9) == "memory"
+        assert f"brings {(two.flops - one.flops) / (two.bytes - one.bytes):.0f} operations" in said
+        assert said.endswith(f"balance is {balance:.0f}")
+    else:
+        B = int(said.split()[-1])   # rounded
+        assert bound(B + 1) == "compute" and (B <= 1 or bound(B - 1) == "memory"), said
+
+
+def test_crossover_at_a_short_context_by_hand():
+    """Two tokens of context: K and V are hardly there, and the weights want balance / 2 requests per 2 bytes."""
+    c = config_of("llama-8b")
+    weights = 32 * (4096 * (32 + 16) * 128 + 4096 * 4096 + 3 * 4096 * 14336) + 128256 * 4096
+    flops, each = 2 * weights + 4 * 32 * 128 * 32 * 3, 2 * 2 * 8 * 128 * 32 * (2 + 2)
+    exact = 300 * 2 * weights / (flops - 300 * each)
+    assert exact == pytest.approx(300, rel=0.02)
+    assert roofline.crossover(c, Ceiling(300e9, 1e9), 2, 2) == f"compute-bound at batch {exact:.0f}"
+    long = [(2 * 2 * 8 * 128 * 32) * (T + 2) for T in (700,)][0]
+    exact = 40 * 2 * weights / (2 * weights + 4 * 32 * 128 * 32 * 701 - 40 * long)
+    assert roofline.crossover(c, Ceiling(40e9, 1e9), 700, 2) == f"compute-bound at batch {exact:.0f}"
+
+
+def test_ceilings_are_the_best_of_many_tries(monkeypatch):
+    tries = {"sum": itertools.cycle([0.5, 0.25, 0.75]), "other": itertools.cycle([9.0, 5.0, 4.0, 7.0])}
+    monkeypatch.setattr(roofline, "clock", lambda call, device: next(tries[call.__name__ if call.__name__ == "sum" else "other"]))
+    found = roofline.measured_ceiling(torch.device("cpu"), "float32")
+    assert found == Ceiling(2 * 2048 ** 3 / 4.0, 2 ** 29 / 0.25)
+
+
+def test_turns_go_round_and_the_first_does_not_count():
+    ran = []
+
+    def measure(name):
+        ran.append(name)
+        return len(ran)
+    assert roofline.in_turns([partial(measure, "a"), partial(measure, "b")], 3) == [[3, 5, 7], [4, 6, 8]]
+    assert "".join(ran) == "abababab"
+
+
+@pytest.mark.parametrize("dividends, divisors, expected", [
+    ([4, 9, 6], [2, 3, 2], 3), ([4, 900, 4], [2, 1, 2], 2),            # a burst in one turn is outvoted
+    ([4, 900, 4, 70, 1], [1, 1, 2, 1, 9], "-"), ([1, 2, 3], [0, 0, 1], "-"), ([3, 3, 3], [-1, -1, -1], "-"),
+    ([-1, -2, -1], [1, 1, 1], "-"), ([1300, 1, 1], [1, 1, 500], "-")])
+def test_a_ratio_that_nobody_can_believe_is_not_printed(dividends, divisors, expected):
+    assert roofline.ratio(dividends, divisors) == expected
+
+
+def test_estimate_reproduces_the_published_figures(capsys):
+    """LLaMA-2 7B on an A100: about one operation per byte in decode, 143 tokens/s, prefill over 100 times faster."""
+    assert bench.main(["estimate", "--model", "llama-2-7b", "--hardware", "a100"]) == 0
+    value = {row[0]: row[-1] for row in bench.TABLES[-1]["rows"]}
+    assert value["its intensity"] == "1.00 FLOP/B" and value["bound on TPS at batch 1"] == "143 tokens/s"
+    assert int(value["prefill over decode, per token"].split()[0]) > 100 and value["K and V per token"] == "512 KiB"
+    bench.main(["estimate", "--random", "llama-8b"])
+    value = {row[0]: row[-1] for row in bench.TABLES[-1]["rows"]}
+    assert (value["K and V per token"], value["the same without GQA"]) == ("128 KiB", "512 KiB")
+
+
+@pytest.mark.parametrize("shape, T, peak, bandwidth", [("llama-8b", 2048, 312e12, 2.039e12), ("llama-8b", 8, 10e12, 2e12),
+                                                       ("gpt2", 900, 28e12, 0.4e12), ("qwen3-0.6b", 100, 1e11, 9e11)])
+def test_every_formula_of_the_estimate_gives_its_value(shape, T, peak, bandwidth):
+    c, machine = config_of(shape), Ceiling(peak, bandwidth)
+    rows = {name: (formula, value) for name, formula, value in roofline.on_paper(c, machine, "somewhere", T)}
+    parameters = {"llama-8b": 8030261248 - 128256 * 4096, "gpt2": 124439808 - 1024 * 768, "qwen3-0.6b": 596049920}[shape]
+    P = parameters   # all but the embedding where it is not the head, and but positions: norms and biases are a few per mille
+    kv, pairs = 2 * 2 * c.L * c.K * c.D, T * (T + 1) // 2
+    decode_flops, decode_bytes = 2 * P + 4 * c.L * c.H * c.D * (T + 1), 2 * P + kv * (T + 2)
+    prefill_flops = 2 * (P - c.V * c.E) * T + 2 * c.V * c.E + 4 * c.L * c.H * c.D * pairs
+    step = max(decode_flops / peak, decode_bytes / bandwidth)
+    wait = max(prefill_flops / peak, (2 * P + kv * 2 * T) / bandwidth)
+    expected = {
+        "weights that a token meets": P / 1e9, "their bytes": 2 * P / 1e9, "K and V per token": kv / 1024,
+        "the same without GQA": kv * c.H / c.K / 1024, f"bytes of a decode step at {T}": decode_bytes / 1e9,
+        "its operations": decode_flops / 1e9, "its intensity": decode_flops / decode_bytes,
+        "balance of somewhere": peak / bandwidth, "its least time": step * 1e3, "bound on TPS at batch 1": 1 / step,
+        f"operations of a prompt of {T}": prefill_flops / 1e12, "bound on its TTFT": wait * 1e3,
+        "prefill tokens/s": T / wait, "prefill over decode, per token": T / wait * step}
+    assert rows.keys() == expected.keys()
+    for name, number in expected.items():
+        said = rows[name][1].split()[0].replace(",", "")
+        digits = len(said.partition(".")[2])
+        assert abs(float(said) - number) <= 0.51 * 10 ** -digits + 2e-3 * number, name
+    units = {"G": 1e9, "GB": 1e9, "KiB": 1024, "TFLOP/s": 1e12, "TB/s": 1e12, "GFLOP": 1e9, "TFLOP": 1e12, "ms": 1e-3,
+             "FLOP/B": 1, "tokens/s": 1, "times": 1}
+    letters = {"V": c.V, "E": c.E, "L": c.L, "H": c.H, "K": c.K, "D": c.D}
+
+    def value_of(text):
+        """Of a sum, product or quotient of numbers with units and letters."""
+        total = 0.0
+        for term in re.sub(r" in layers", "", text).split(" + "):
+            product, divide = 1.0, False
+            for word in term.split():
+                if word in ("x", "/"):
+                    divide = word == "/"
+                    continue
+                factor = letters.get(word) or units.get(word) or float(word.replace(",", ""))
+                product, divide = product / factor if divide and word not in units else product * factor, divide and word not in units
+            total += product
+        return total
+    for name, (formula, value) in rows.items():
+        if name in ("its intensity", "prefill tokens/s", "prefill over decode, per token", "bound on TPS at batch 1",
+                    "weights that a token meets") or "least time" in name or "TTFT" in name or "balance" in name:
+            continue   # quotients and values whose unit is the formula's
+        number, unit = value.split()
+        rounding = (0.5 * 10 ** -len(number.partition(".")[2]) + 0.011) * units[unit]   # of the value, and of 2 x G
+        for side in formula.split(" = "):
+            assert value_of(side) == pytest.approx(value_of(value), rel=0.005, abs=rounding), (name, side)
+    assert ("GFLOP /" in rows["its least time"][0]) == (machine.verdict(step_cost(c, [(1, T)], 2)) == "compute")
+    assert ("TFLOP /" in rows["bound on its TTFT"][0]) == (machine.verdict(step_cost(c, [(T, 0)], 2)) == "compute")
+
+
+def test_the_docstrings_example_is_true():
+    c = checkpoint.read_config(HERE / "demo/llama")
+    for n, past, says in ((3, 0, "does {f:.1f} MFLOP on {b:.2f} MB, {i:.1f} operations"), (1, 3, "{f:.1f} MFLOP on {b:.2f} MB, {i:.1f}."),
+                          (512, 0, "512 tokens does {i:.0f} operations per byte")):
+        flops, moved = step_cost(c, [(n, past)], 4)
+        assert says.format(f=flops / 1e6, b=moved / 1e6, i=flops / moved) in " ".join(roofline.__doc__.split())
+
+
+# ---------------------------------------------------------------------------------------------
+# What bench.py prints
+
+@pytest.fixture
+def demo():
+    """Operations and bytes of a step of demo/llama in float32, counted from its file: f(requests, new tokens, past)."""
+    config, tensors = json.loads((HERE / "demo/llama/config.json").read_text()), load_file(HERE / "demo/llama/model.safetensors")
+    W = sum(t.numel() for name, t in tensors.items() if t.dim() == 2 and "layers" in name)
+    V, E, L, H, K = (config[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"))
+
+    def cost(B, n, past):
+        seen = sum(past + i + 1 for i in range(n))
+        return (B * (2 * n * W + 2 * V * E + 4 * E * L * seen), 4 * (W + V * E + B * 2 * E // H * K * L * (past + 2 * n)))
+    return cost
+
+
+def test_phases_prints_time_rate_cost_and_parts_of_the_ceilings(monkeypatch, demo):
+    monkeypatch.setattr(bench, "measured_ceiling", lambda device, dtype: Ceiling(1e12, 1e10))
+    monkeypatch.setattr(bench, "prefill_seconds", lambda llm, B, T: T / 1000)
+    monkeypatch.setattr(bench, "decode_seconds", lambda llm, B, T: B ** 0.5 / 100)
+    rows = table("phases")
+    for B, n, past, seconds in [(1, 32, 0, 0.032), (1, 128, 0, 0.128), (1, 512, 0, 0.512), (1, 1, 128, 0.01), (4, 1, 128, 0.02), (16, 1, 128, 0.04)]:
+        flops, moved = demo(B, n, past)
+        assert rows[f"decode {B} x {past}" if past else f"prefill {B} x {n}"] == {
+            "": f"decode {B} x {past}" if past else f"prefill {B} x {n}", "ms": pytest.approx(seconds * 1000),
+            "tokens/s": pytest.approx(B * n / seconds), "MFLOP": pytest.approx(flops / 1e6), "MB": pytest.approx(moved / 1e6),
+            "FLOP/B": pytest.approx(flops / moved), "% of peak": pytest.approx(flops / seconds / 1e12 * 100),
+            "% of bandwidth": pytest.approx(moved / seconds / 1e10 * 100), "bound": "compute" if n == 512 else "memory"}
+    assert "prefill does 10 times as many tokens per second as decode at batch 1" in bench.TABLES[0]["note"]
+
+
+def test_batch_prints_rates_the_roofline_and_where_it_turns(monkeypatch, demo):
+    seconds = {1: 0.010, 2: 0.012, 4: 0.020, 8: 0.021, 16: 0.03, 32: 0.05}
+    monkeypatch.setattr(bench, "measured_ceiling", lambda device, dtype: Ceiling(2e10, 1e10))
+    monkeypatch.setattr(bench, "decode_seconds", lambda llm, B, T: seconds[B])
+    rows = table("batch")
+    for B, s in seconds.items():
+        flops, moved = demo(B, 1, 128)
+        least = max(flops / 2e10, moved / 1e10)
+        assert rows[B] == {"batch": B, "ms per step": pytest.approx(s * 1000), "tokens/s": pytest.approx(B / s), "each": pytest.approx(1 / s),
+                           "roofline ms": pytest.approx(least * 1000), "% of roofline": pytest.approx(least / s * 100)}
+    note = bench.TABLES[0]["note"]
+    assert "batch 8 is the first to take more than twice" in note and "A request of 1024 tokens holds 2.6 MB" in note
+    assert "room for 32 of them" in note
+    turns = next(B for B in itertools.count(1) if demo(B, 1, 128)[0] / demo(B, 1, 128)[1] > 2)
+    assert int(re.search(r"compute-bound at batch (\d+)", note)[1]) in (turns - 1, turns)
+    monkeypatch.setattr(bench, "decode_seconds", lambda llm, B, T: 1.0 + B / 100)
+    table("batch")
+    assert "a step of batch 32 takes less than twice" in bench.TABLES[0]["note"]
+
+
+def test_cache_adds_up_what_a_text_costs_with_and_without(monkeypatch):
+    monkeypatch.setattr(bench, "decode_seconds", lambda llm, B, T: 0.001 + B - 1)
+    monkeypatch.setattr(bench, "prefill_seconds", lambda llm, B, T: T / 1000 + B - 1)
+    rows, cached, again = table("cache"), 0.0, 0.0
+    assert list(rows) == [32, 64, 128, 256, 512, 960]
+    for T, before in zip(rows, [0, *rows]):   # the first tokens cost what the 32nd does, then it rises evenly
+        again += sum(max(32.0, t + 0.5) for t in range(before, T)) / 1000
+        assert list(rows[T].values()) == [T, pytest.approx(1), pytest.approx(T), pytest.approx(T), pytest.approx(T / 1000),
+                                          pytest.approx(again), pytest.approx(again / T * 1000)]
+
+
+def test_traffic_counts_what_goes_through_memory(monkeypatch):
+    monkeypatch.setattr(bench, "in_turns", lambda measures: [[0.006, 0.009, 0.3], [0.002, 0.003, 0.1]])
+    rows = table("traffic", "--tokens", "1024", "--head-dim", "64")
+    assert list(rows) == [128, 512, 1024]
+    for T, row in rows.items():
+        vectors, scores = 2 * T * 64, 2 * T * T                      # bytes of q, k, v or the result; of all scores
+        naive = 3 * vectors + scores + scores + scores + scores + vectors   # q, k, v; scores out, in; weights out, in; result
+        assert list(row) == ["tokens", "8 T^2 MiB", "naive MiB", "tiled MiB", "ratio", "T / d", "naive ms", "tiled ms", "faster"]
+        assert list(row.values()) == [T, 4 * scores / 2 ** 20, naive / 2 ** 20, 4 * vectors / 2 ** 20, naive / (4 * vectors), T / 64,
+                                      pytest.approx(9), pytest.approx(3), pytest.approx(3)]
+
+
+class OneASecond:
+    """In the place of an LLM: every request gets a token in every step, and a step takes a second."""
+
+    def __init__(self, hands):
+        self.hands, self.requests, self.ids = hands, {}, itertools.count()
+
+    def add(self, prompt, params):
+        out = SimpleNamespace(id=next(self.ids), token_ids=[], max_tokens=params.max_tokens)
+        self.requests[out.id] = out
+        return out.id
+
+    def step(self):
+        self.hands.tick(len(self.requests) > 0)
+        outs = list(self.requests.values())
+        for out in outs:
+            out.token_ids.append(0)
+            if len(out.token_ids) == out.max_tokens:
+                del self.requests[out.id]
+        return outs
+
+
+@pytest.mark.parametrize("group, ttft", [(0, [1, 1.5, 1]), (2, [1, 3.5, 1])])
+def test_ttft_counts_from_arrival_and_gaps_from_token_to_token(hands, group, ttft):
+    seen = bench.play(OneASecond(hands), [(0.0, [1], 3), (0.5, [1], 2), (9.0, [1], 1)], group)
+    assert seen == {"ttft": ttft, "gap": [1, 1, 1], "tokens/s": [6 / 10]}
+
+
+def test_static_batches_wait_for_their_longest(hands):
+    """Two at a time: the third waits for the second, which is longer than the first."""
+    seen = bench.play(OneASecond(hands), [(0.0, [1], 1), (0.0, [1], 4), (0.0, [1], 1), (2.0, [1], 1)], 2)
+    assert seen["ttft"] == [1, 1, 5, 3] and seen["tokens/s"] == [7 / 5]
+
+
+def test_compare_puts_each_number_into_its_column(monkeypatch):
+    made, played = itertools.count(), []
+
+    def play(llm, requests, group):
+        played.append((llm, requests, group))
+        if requests == 0:   # the first turn
+            return {"tokens/s": [1e9], "ttft": [1e9], "gap": [1e9]}
+        unit = {"A": 1, "B": 3}[llm]
+        return {"tokens/s": [unit * [10, 30, 20][requests - 1]], "ttft": [unit * i / 1000 for i in range(101)],
+                "gap": [unit * i / 500 for i in range(101)]}
+    monkeypatch.setattr(bench, "play", play)
+    monkeypatch.setattr(bench, "TABLES", [])
+    bench.compare("title", {"a": ("A", 0), "b": ("B", 8)}, lambda: next(made), "note")
+    assert played == [(llm, turn, group) for turn in range(4) for llm, group in (("A", 0), ("B", 8))]
+    (shown,) = bench.TABLES
+    assert shown["header"] == ["", "tokens/s", "TTFT p50", "p95", "p99 ms", "gap p50", "p95", "p99", "longest ms"]
+    expected = [20, 50, 95, 99, 100, 190, 198, 200]
+    assert shown["rows"] == [["a", *map(pytest.approx, expected)], ["b", *(pytest.approx(3 * x) for x in expected)]]
+
+
+def test_tps_counts_the_tokens_after_the_first_and_ttft_the_time_from_arrival(lone, hands):
+    """Tokens at 1, 2 and 3 seconds are 1.0 per second; whoever waits for a place has waited since it came."""
+    folder, prompts, _ = lone["llama"]
+    llm = LLM(folder, max_seqs=1, device="cpu", dtype="float32")
+    llm.forward = taking(llm.forward, hands, 1)
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    first = llm.requests[llm.add(prompts[0], params)].output
+    hands.tick(0.5)
+    second = llm.requests[llm.add(prompts[1], params)].output
+    while llm.requests:
+        llm.step()
+    assert (first.ttft, first.tps) == (1.5, 1.0) and (second.ttft, second.tps) == (4.0, 1.0)
+    (out,) = llm.generate([prompts[0]], SamplingParams(max_tokens=1))
+    assert (out.ttft, out.tps) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("B, context", [(1, 60), (3, 40)])
+def test_a_decode_is_measured_at_its_context_and_once_it_is_warm(lone, hands, B, context):
+    llm = LLM(lone["llama"][0], max_seqs=4, device="cpu", dtype="float32", max_batched_tokens=48)
+    lens, forward = [], llm.forward
+
+    def run(batch):
+        lens.append(batch.lens)
+        decodes = sum(len(chunk.tokens) == 1 for chunk in batch.chunks) == B == len(batch.chunks)
+        hands.tick(2 if decodes and len(lens) % 7 else 90)   # now and then somebody disturbs it
+        return forward(batch)
+    llm.forward = run
+    assert bench.decode_seconds(llm, B, context) == 2 and not llm.requests
+    counted = lens[-12:]
+    assert all(len(step) == B for step in counted) and abs(statistics.mean(sum(counted, [])) - context) <= 2
+    assert len(bench.decode_steps(llm, B, context, 20)) == 20
+
+
+def test_a_measurement_whose_requests_end_says_so(lone):
+    with pytest.raises(ValueError, match="a request ended before its measurement did"):
+        bench.decode_seconds(LLM(lone["llama"][0], device="cpu"), 1, 158)
+
+
+def test_prefill_is_measured_to_the_first_tokens(lone, hands):
+    llm, batches = LLM(lone["llama"][0], max_seqs=4, device="cpu", dtype="float32", prefix_cache=False), []
+    llm.forward = taking(llm.forward, hands, lambda batch: batches.append(batch.lens) or 3)
+    assert bench.prefill_seconds(llm, 2, 30) == 3 and batches == [[30, 30]]
+
+
+def test_serve_says_where_the_time_of_a_step_goes(monkeypatch, lone, hands):
+    """Deciding takes 1 second, the model 7 and choosing 2; while the prompts are read, in many chunks, ten times as much."""
+    llm = LLM(lone["llama"][0], device="cpu", dtype="float32", max_batched_tokens=8)
+    llm.forward = taking(llm.forward, hands, lambda batch: 7 if len(batch.tokens_T) == 2 else 70)
+    monkeypatch.setattr(nanoserve, "choose", taking(nanoserve.choose, hands, lambda logits, requests: 2 if len(requests) == 2 else 20))
+    llm.scheduler.schedule = taking(llm.scheduler.schedule, hands, 1)
+    assert bench.loop_seconds(llm, 2, 9) == (10, 7, 2)
+
+
+def test_sampling_prints_what_choosing_costs_beside_a_step(monkeypatch, hands, capsys):
+    """A forward takes 10 seconds; choosing takes 1, or more in each way in which it is not greedy."""
+    costs = {(0, 0, 1): 1, (0.8, 0, 1): 2, (0.8, 50, 1): 3, (0.8, 1000, 1): 4, (0.8, 0, 0.9): 5, (0.8, 1000, 0.9): 6}
+    names = ["greedy", "temperature 0.8", "top-k 50", "top-k 1000", "top-p 0.9", "top-k 1000, top-p 0.9"]
+    monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
+    monkeypatch.setattr(LLM, "forward", taking(LLM.forward, hands, 10))
+    monkeypatch.setattr(nanoserve, "choose", taking(nanoserve.choose, hands, lambda logits, requests: statistics.mean(
+        costs[r.params.temperature, r.params.top_k, r.params.top_p] for r in requests)))
+    rows = table("sampling", "--random", "tiny")
+    assert list(rows) == [f"tiny, batch {B}: {name}" for B in (1, 16) for name in names]
+    for (name, row), cost in zip(rows.items(), [*costs.values()] * 2):
+        assert list(row.values()) == [name, (10 + cost) * 1e3, (10 + cost) / 11, cost * 1e3, pytest.approx(cost / (10 + cost) * 100)]
+    assert list(row) == ["", "ms per step", "of greedy", "choosing ms", "% of step"]
+    assert "Choosing takes 37.5% of a step at most (tiny, batch 1: top-k 1000, top-p 0.9)" in bench.TABLES[0]["note"]
+
+
+@pytest.mark.parametrize("command", ["phases", "batch", "cache", "traffic --tokens 512", "serve", "sampling"])
+def test_each_measurement_prints_a_narrow_table_and_writes_it_as_json(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr(bench, "TABLES", [])
+    monkeypatch.setattr(bench, "measured_ceiling", lambda device, dtype: Ceiling(4e11, 3e10))
+    monkeypatch.setitem(bench.SHAPES, "tiny", TINY | dict(max_position_embeddings=512))
+    assert bench.main([*command.split(), "--random", "tiny", "--device", "cpu", "--json", str(tmp_path / "out.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["command"][1] == command.split()[0] and record["machine"] and record["versions"]["torch"] == torch.__version__
+    assert record["date"][:2] == "20" and record["tables"]
+    for table in record["tables"]:
+        header = next(line for line in lines if line.split() == " ".join(table["header"]).split())
+        assert len(header) <= 100 and all(len(row) == len(table["header"]) for row in table["rows"])
+        assert all(cell > 0 for row in table["rows"] for cell in row if not isinstance(cell, str))
+    assert max(map(len, lines[1:])) <= 100
+
+
+def test_cpu_holds_every_row_against_the_right_ceiling(monkeypatch, capsys):
+    """With small shapes in the place of gpt2 and llama-135m, without transformers, and with times of 2 and 1 seconds."""
+    for name, value in (("gpt2", bench.SHAPES["gpt2"] | dict(n_embd=32, n_layer=1, n_head=2, vocab_size=99)), ("llama-135m", TINY)):
+        monkeypatch.setitem(bench.SHAPES, name, value)
+    ceilings = {"float32": Ceiling(4e11, 3e10), "bfloat16": Ceiling(8e11, 2e10)}
+    for name, value in (
+            ("TABLES", []), ("transformers", lambda: None), ("measured_ceiling", lambda device, dtype: ceilings[dtype]),
+            ("in_turns", lambda measures, turns=5: [[measure() * 0 + seconds] * turns for measure, seconds in zip(measures, (2.0, 1.0))])):
+        monkeypatch.setattr(bench, name, value)
+    assert bench.main(["cpu"]) == 0
+    speed, context = bench.TABLES
+    rows = cells(speed)
+    for (shape, dtype), itemsize in zip(itertools.product(("gpt2", "llama-135m"), ceilings), (4, 2, 4, 2)):
+        c = config_of(shape)
+        rate, reached, percent, *theirs = list(rows[f"{shape} {dtype}: prefill 512"].values())[1:]
+        flops = step_cost(c, [(512, 0)], 1).flops / 2
+        assert (rate, reached, percent) == (256, f"{flops / 1e9:.0f} GFLOP/s", pytest.approx(flops / ceilings[dtype].peak * 100))
+        for B in (1, 16):   # less the second until the first tokens: 32 steps of 48 tokens, on average
+            rate, reached, percent, *theirs = list(rows[f"{shape} {dtype}: decode, batch {B}"].values())[1:]
+            moved = 32 * step_cost(c, [(1, 48)] * B, itemsize).bytes
+            assert (rate, reached, percent) == (32 * B, f"{moved / 1e9:.0f} GB/s", pytest.approx(moved / 3e10 * 100)) and theirs == ["-", "-"]
+    assert len(rows) == 15 and any(row.startswith("demo/llama") for row in rows)
+    # More context took less time: a neighbour was at work. A ratio that nobody can believe is not printed.
+    assert [(row[0], row[1], row[2], row[3], row[-1]) for row in context["rows"]] == [(d, 2000, 1000, -1000, "-") for d in ceilings]
+    kv = 2 * 1 * 2 * 8
+    assert [row[4] for row in context["rows"]] == [pytest.approx(3968 * kv * size / 3e10 * 1000) for size in (4, 2)]
+    assert "A decode step of demo/llama takes" in capsys.readouterr().out
+
+
+def test_speed_beside_another_system_is_theirs_over_ours_in_time(monkeypatch):
+    llm = SimpleNamespace(config=config_of("llama-135m"), device=torch.device("cpu"), dtype="float32")
+    for case, lens, new, columns, expected in [
+            ("prefill 512", [512], [1], [[2.0, 2, 9], [3.0, 3, 3]], [256, 171, 1.5]),
+            ("32 mixed requests", [5, 9], [6, 10], [[2.0, 2, 9], [1.0, 1, 1]], [8, 16, 0.5]),
+            ("decode, batch 1", [32], [33], [[5.0, 6, 70], [1.0, 2, 30], [9.0, 9, 9], [1.0, 1, 1]], [8, 4, 2.0]),
+            ("decode, batch 1", [32], [33], [[5.0, 6, 7], [7.0, 8, 9], [9.0, 9, 9], [1.0, 1, 1]], ["-", 4, "-"])]:
+        monkeypatch.setattr(bench, "in_turns", lambda measures, turns: columns)
+        rate, reached, percent, theirs, ratio = bench.speeds(llm, [print] * 2, case, lens, new, Ceiling(1e12, 1e10))
+        assert [rate, theirs, ratio] == expected, case
+        assert (reached, percent) == ("-", "-") if rate == "-" or "mixed" in case else percent > 0
+
+
+@pytest.mark.skipif(kernels.load_triton() is None or torch.cuda.is_available(), reason="no Triton here, or a GPU")
+def test_compiled_kernels_are_those_in_the_results():
+    done = subprocess.run([sys.executable, "bench.py", "kernels"], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    versions, *printed = done.stdout.splitlines()
+    _, recorded_versions, *recorded = (HERE / "results/kernels-compiled.txt").read_text().splitlines()
+    if versions.split("Triton")[1] == recorded_versions.split("Triton")[1]:
+        assert printed == recorded
+
+
+@pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
+def test_the_measurements_of_a_gpu_run_to_their_end(poisoned, monkeypatch, capsys):
+    """Where there is none, with a stand-in for the clock and in the interpreter. What padding computes is nobody's, but
+    it is finite: memory is poisoned, and a stand-in for a graph hands out the logits of padding."""
+    def seconds(calls):
+        for call in calls:
+            call()
+        return 1e-3
+    if DEVICE == "cpu":
+        monkeypatch.setattr(bench, "gpu_seconds", seconds)
+        monkeypatch.setattr("batch.record", repeat)
+    for name, value in (("TABLES", []), ("CACHE", 0)):
+        monkeypatch.setattr(bench, name, value)
+    device = torch.device(DEVICE)
+    bench.check_kernels(device, [(1, 70), (5, 3)], (torch.float16,))
+    assert "equal the float64 definition" in capsys.readouterr().out
+    bench.time_prefill(device, torch.float16, (64, 96), 1e12, H=4, K=2, D=16)
+    bench.time_decode(device, torch.float16, [(1, 4000), (3, 2000)], 1e9, H=4, K=2, D=16)
+    monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(bench.SHAPES, "huge", roofline.llama(99, 1 << 20, 1 << 20, 99, 4, 2))
+    bench.time_texts(("tiny", "huge"), 1e9)
+    prefill, decode, texts = bench.TABLES
+    assert [row[0] for row in prefill["rows"]] == ["prefill 64", "prefill 96"]
+    assert all(isinstance(row[3], float) and row[3] > 0 for row in prefill["rows"])
+    assert [row[0] for row in decode["rows"]] == ["decode 1 x 4000", "decode 3 x 2000"]
+    if DEVICE == "cpu":   # a millisecond for 2 K D T numbers of 2 bytes, which a GB/s would read in 0.512
+        assert decode["rows"][0][1:] == ["1000 us", "0.00 TB/s", "51%"]
+        assert prefill["rows"][0][1:3] == ["0 TFLOP/s", "0%"] and prefill["rows"][0][3] == 1.0
+    bound = 1e9 / step_cost(config_of("tiny"), [(1, 300)], torch.empty(0, dtype=checkpoint.DTYPES[texts["rows"][0][0].split()[1]]).itemsize).bytes
+    assert texts["rows"][0][2] == f"{bound:.0f}" and int(texts["rows"][0][1]) > 0
+    assert texts["rows"][1] == ["huge", "does not fit", "-", "-"]
+
+    llm = LLM(config_of("tiny"), attention="triton", dtype="float32", cuda_graphs=True)
+    if DEVICE == "cpu":   # as a graph does, without Python's model: 5 seconds
+        hands = stand_in_clock(monkeypatch)
+        monkeypatch.setattr("batch.record", lambda step: (partial(hands.tick, 5), step()))
+        monkeypatch.setattr(nanoserve, "choose", taking(nanoserve.choose, hands, 1))
+    step, inside, choosing = bench.loop_seconds(llm, 1, 30)
+    assert 0 < choosing < step and 0 < inside < step
+    assert DEVICE == "cuda" or (step, inside, choosing) == (6, 5, 1), "the model is timed inside a graph, too"
+
+    monkeypatch.setattr(kernels, "attention_triton", lambda q, k, v, batch, *more: kernels.attention_naive(q, k, v, batch, *more) + 0.01)
+    with pytest.raises(SystemExit, match="torch.float16, D=64, 32:8 heads, blocks of 64, window None: the largest error"):
+        bench.check_kernels(device, [(3, 0)], (torch.float16,))
+
+
+def test_static_batches_wait_for_their_longest_and_continuous_ones_do_not(lone):
+    folder, prompts, expected = lone["llama"]
+    requests = [(0.0, prompts[i % 2], n) for i, n in enumerate([3, 9, 2, 5, 4])]
+    for group in (0, 2):
+        llm, steps = LLM(folder, max_seqs=2, device="cpu"), []
+        step = llm.step
+
+        def watched():
+            outs = step()
+            steps.append([out.id for out in outs])
+            return outs
+        llm.step = watched
+        seen = bench.play(llm, requests, group)
+        assert len(seen["ttft"]) == 5 and len(seen["gap"]) == 3 + 9 + 2 + 5 + 4 - 5 and max(map(len, steps)) == 2
+        assert len(steps) == (9 + 5 + 4 if group else 9 + 4)   # the fifth request takes the place of the second
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--model", "/nowhere"], "/nowhere"), (["frobnicate"], "frobnicate"), (["--random", "gpt9"], "gpt9"),
+    (["--json", "/nowhere/file"], "/nowhere/file"), (["traffic", "--tokens", "0"], "--tokens"), (["--dtype", "int3"], "int3"),
+    (["--device", "abacus"], "abacus"), (["estimate", "--plot", "/nowhere/file"], "cannot be drawn|matplotlib"),
+    (["traffic", "--tokens", "9000000"], "out of memory"), (["traffic", "--dtype", "int8"], "int8")])
+def test_bench_refuses_bad_input_in_one_sentence(capsys, arguments, words):
+    code = exit_code(bench.main, arguments)
+    out, err = capsys.readouterr()
+    assert code == 2 and re.search(words, err) and err.count("\n") == 1 and "Traceback" not in err, err
+
+
+# ---------------------------------------------------------------------------------------------
+# What one sees of the loop
+
+def test_timeline_shows_what_happened_in_every_step(lone):
+    folder, prompts, _ = lone["llama"]
+    llm = LLM(folder, block_size=4, num_blocks=40, max_batched_tokens=8)
+    timeline = watch.Timeline(llm)
+    llm.generate([prompts[3], prompts[3], prompts[0]], SamplingParams(max_tokens=3, ignore_eos=True))
+    drawn = [re.sub("·+", "·", re.sub("━+", "━", line)).split() for line in timeline.text(100).split("\n")]
+    assert drawn[0][1:] == ["1", "2", "3", "4", "5", "6"]
+    text = " ".join(map(str, prompts[3]))[:16].split()   # 23 tokens: chunks of 8, 8 and 7; the rest of the budget goes on
+    assert drawn[1] == ["0", *text, "8", "8", "7", "━", "■"]
+    assert drawn[2] == ["1", *text, "·", "·", "20+1", "2", "━", "■"], "5 full blocks of the first's are found"
+    assert drawn[3] == ["2", "55", "·", "·", "·", "1", "━", "■"]
+    assert drawn[4:7] == [["blocks", "in", "use", "6", "6", "7", "8", "9", "8"], ["cached", "0", "0", "0", "0", "0", "1"],
+                          ["free", "34", "34", "33", "32", "31", "31"]]
+
+
+def test_timeline_fits_the_terminal_and_loses_no_step(lone):
+    folder, prompts, _ = lone["llama"]
+    llm = LLM(folder, block_size=4, num_blocks=22, max_batched_tokens=12)
+    timeline = watch.Timeline(llm)
+    for i, n in [(4, 1), (4, 3), (0, 1), (7, 1), (2, 1)]:
+        llm.add(prompts[i], SamplingParams(max_tokens=12, ignore_eos=True, n=n))
+    while llm.requests:
+        llm.scheduler.usage = 0.0
+        if llm.steps == 9:
+            llm.abort(llm.scheduler.running[0].output.id)
+        llm.step()
+    stats = llm.stats()
+    cells = [cell for row in timeline.rows.values() for cell in row.values()]
+    assert stats["preemptions"] and stats["preemptions"] == sum(cell.kind == "preempted" for cell in cells)
+    assert stats["computed_tokens"] == sum(cell.tokens for cell in cells) and stats["steps"] == len(timeline.pool)
+    forked = sum(r.output.reused_tokens for r in timeline.rows if r.output.samples[0] is not r.output)
+    assert stats["reused_tokens"] - forked == sum(cell.found for cell in cells)
+    for width in (40, 80, 1000):
+        chart = timeline.text(width)
+        lines = chart.split("\n")
+        assert max(map(len, lines)) <= width and (chart.count("blocks in use") == 1) == (width == 1000)
+        spans = [span.split("-") for line in lines if line.startswith("step") for span in line.split()[1:]]
+        assert [n for span in spans for n in range(int(span[0]), int(span[-1]) + 1)] == list(range(1, len(timeline.pool) + 1))
+    picture = ElementTree.fromstring(timeline.svg())
+    titles = [title.text or "" for title in picture.iter("{http://www.w3.org/2000/svg}title")]
+    for kind in ("waiting", "preempted", "prefill", "decode"):
+        assert sum(f": {kind}" in title for title in titles) >= sum(cell.kind == kind for cell in cells) > 0
+    assert sum("in use" in title for title in titles) == 3 * len(timeline.pool)
+
+
+def test_timeline_holds_any_prompt():
+    llm = LLM(HERE / "demo/llama", dtype="float32")
+    timeline = watch.Timeline(llm)
+    llm.generate(["日本語の猫はここに座った", "a\x1b[31m\x00 <b>&", "cafe\u0301 \u0301e"], SamplingParams(max_tokens=2, ignore_eos=True, n=2))
+    head, *rows = timeline.text(99).split("\n")[:7]
+    assert len({watch.columns(row) for row in [*rows, head]}) == 1 and "\x1b" not in "".join(rows)
+    ElementTree.fromstring(timeline.svg())
+
+
+def test_timeline_from_the_command_line(tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The cat sat\nOne day, Tom\n")
+    demo = ["--prompts-file", str(prompts), "--max-tokens", "9"]
+    assert cli.main([*demo, "--timeline"]) == 0
+    text, chart = capsys.readouterr().out.split("\n\n", 1)
+    assert "━" not in text and re.search(r"^0 The cat sat +3 +━+ +■$", chart, re.M) and "preempted" in chart
+    assert cli.main([*demo, "--timeline", str(tmp_path / "chart.svg"), "--json", "--n", "2", "--logprobs", "1"]) == 0
+    texts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [t["prompt"] for t in texts] == ["The cat sat"] * 2 + ["One day, Tom"] * 2
+    assert all({"computed_tokens", "reused_tokens"} < t.keys() and len(t["logprobs"]) == 9 for t in texts)
+    assert [t["computed_tokens"] + t["reused_tokens"] for t in texts] == [3 + 8] * 2 + [texts[2]["prompt_tokens"] + 8] * 2
+    ElementTree.parse(tmp_path / "chart.svg")
+    assert exit_code(cli.main, [*demo, "--timeline", "chart.png"]) == 2
+    assert exit_code(cli.main, [*demo, "--timeline", str(tmp_path / "no/chart.svg")]) == 2
+    assert "no/chart.svg cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("backend", ["torch"] + (["triton"] if kernels.load_triton() and kernels.INTERPRETED else []))
+def test_explanation_gives_the_tokens_slots_cost_and_choice_of_each_step(monkeypatch, backend):
+    monkeypatch.setattr(watch, "measured_ceiling", lambda device, dtype: Ceiling(5e11, 2e10))
+    llm = LLM(HERE / "demo/llama", dtype="float32", attention=backend, block_size=4, device="cpu")
+    explanation, lines = watch.Explanation(llm), []
+    (out,) = llm.generate(["The cat sat"], SamplingParams(max_tokens=8))
+    explanation.show(lines.append)
+    text = re.sub(r"\n {6,}", " ", "\n".join(lines))
+    ids = llm.tokenizer.encode("The cat sat")
+    assert re.findall(r"^step (\S+): (.*)$", text, re.M) == [
+        ("1", "1 prefill"), ("2", "1 decode"), ("3", "1 decode"), ("4-6", "decodes like the one before"), ("7", "1 decode"), ("8", "1 decode")]
+    told = [1, 2, 3, 7, 8]   # the first token at position 4 and 8 takes a block
+    tokens = re.findall(r"^  tokens +request 0, position (\S+): (.*)$", text, re.M)
+    assert tokens[0] == ("0-2", f"[{ids[0]} 'The', {ids[1]} ' cat', {ids[2]} ' sat']")
+    assert [int(where) for where, _ in tokens[1:]] == [step + 1 for step in told[1:]]
+    assert [int(what[1:].split()[0]) for _, what in tokens[1:]] == [out.token_ids[step - 2] for step in told[1:]]
+    slots = [list(map(int, slot)) for slot in re.findall(r"slot (\d+) \(block (\d+) x 4 \+ (\d)\)", text)]
+    assert [slot for slot, *_ in slots] == [0, 2] + [step + 1 for step in told[1:]], "a pool all to itself: blocks 0, 1, 2"
+    assert all(slot == block * 4 + offset for slot, block, offset in slots)
+    logits = llm.logits(ids + out.token_ids[:-1])[len(ids) - 1:]
+    for step, line in zip(told, re.findall(r"^  next +(.*)$", text, re.M)):
+        probabilities = logits[step - 1].softmax(-1)
+        for i, p in re.findall(r"\[(\d+) [^]]*\] ([\d.]+)%", line):
+            assert abs(probabilities[int(i)].item() * 100 - float(p)) < 0.1
+        assert int(re.search(r"-> \[(\d+) ", line)[1]) == out.token_ids[step - 1]
+    for step, line in zip(told, re.findall(r"^  cost +(.*)$", text, re.M)):
+        cost = step_cost(llm.config, [(3, 0) if step == 1 else (1, step + 1)], 4)
+        assert line.startswith(f"{cost.flops / 1e6:.1f} MFLOP / {cost.bytes / 1e6:.2f} MB = ") and "below the machine's 25: memory-bound" in line
+        assert f"{cost.bytes / 2e10 * 1e3:.2f} ms" in line
+    words = {"torch": ["prefill, 2 KV heads, 3 x 3 query rows each", "1 decode, 2 KV heads, 3 query rows each", "in place"],
+             "triton": ["1 tiles of 32 rows (10 tokens x 3 query heads) x 2 KV heads", "1 splits of keys for 1 requests"]}
+    assert all(word in text for word in words[backend]) and max(map(len, "\n".join(lines).split("\n"))) <= 110
+
+
+@pytest.mark.parametrize("backend, full, window", [
+    ("torch", "1 decode, 2 KV heads, 2 query rows each; 41 keys", "1 decode, 2 KV heads, 2 query rows each; 5 keys"),
+    *[("triton", "decode kernel: 2 splits of keys", "decode kernel: 1 splits of keys")] * bool(kernels.load_triton() and kernels.INTERPRETED),
+    ("naive", "naive: a product", "naive: a product")])
+def test_explanation_describes_each_window_and_how_a_token_was_chosen(tmp_path, monkeypatch, backend, full, window):
+    """One layer sees all keys, the other one 5."""
+    monkeypatch.setattr(watch, "measured_ceiling", lambda device, dtype: Ceiling(5e11, 2e10))
+    for name in ("qwen2 with windows", "mistral"):
+        folder = write_checkpoint(tmp_path / name, FAMILIES[name], tensors_of(FAMILIES[name]))
+        llm, lines = LLM(folder, dtype="float32", attention=backend, block_size=4, device="cpu"), []
+        explanation = watch.Explanation(llm)
+        llm.generate([list(range(40))] * 2, [SamplingParams(max_tokens=2, temperature=0.8, seed=1), SamplingParams(max_tokens=1)])
+        explanation.show(lines.append)
+        first, second = re.sub(r"\n {6,}", " ", "\n".join(lines)).split("step 2")
+        assert re.findall(r"-> .*, (.*)$", first, re.M) == ["drawn at temperature 0.8", "greedy"]
+        attention = re.findall(r"^  attention +(.*)$", second, re.M)
+        if name == "mistral":   # one window in all layers
+            assert len(attention) == 1 and "layers" not in attention[0]
+            continue
+        whole, part = attention
+        assert whole.startswith("layers [0], which see all keys: ") and full in whole
+        assert part.startswith("layers [1], which see 5 keys back: ") and window in part
+
+
+def test_explanation_counts_the_head_where_somebody_wants_logits(monkeypatch):
+    """A prompt of three tokens in chunks of two and one: only the second reaches the head."""
+    monkeypatch.setattr(watch, "measured_ceiling", lambda device, dtype: Ceiling(5e11, 2e10))
+    llm, lines = LLM(HERE / "demo/llama", dtype="float32", device="cpu", max_batched_tokens=2), []
+    explanation = watch.Explanation(llm)
+    llm.generate(["The cat sat"], SamplingParams(max_tokens=1))
+    explanation.show(lines.append)
+    first, second = step_cost(llm.config, [(2, 0)], 4, 0), step_cost(llm.config, [(1, 2)], 4, 1)
+    assert re.findall(r"cost +(.*?) =", "\n".join(lines)) == [f"{c.flops / 1e6:.1f} MFLOP / {c.bytes / 1e6:.2f} MB" for c in (first, second)]
+
+
+def test_explanation_from_the_command_line(capsys):
+    assert cli.main(["--prompt", "The cat sat", "--max-tokens", "2", "--explain"]) == 0
+    text, explanation = capsys.readouterr().out.split("\n", 1)
+    assert text == " by the" and explanation.startswith("step 1: 1 prefill\n  tokens     request 0, position 0-2: [")

@@ -1,0 +1,474 @@
+"""How we know that attention and the pool are right. (Read it beside kernels.py and paged_kv.py.)"""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import types
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.overrides
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import kernels
+from batch import IDLE, Chunk, make_batch
+from paged_kv import BlockTable, KVPool
+
+HERE = Path(__file__).parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["naive", "torch"] + (["triton"] if kernels.load_triton() else [])
+
+
+# ---------------------------------------------------------------------------------------------
+# Kernels
+
+def dense_attention(q, k, v, scale, window, slopes=None):
+    """One request, K and V in order, no pool: q [T, H, D], k and v [kv_len, K, D], numpy float64."""
+    out = np.zeros(q.shape)
+    past, group = len(k) - len(q), q.shape[1] // k.shape[1]
+    for t in range(len(q)):
+        first = 0 if window is None else max(0, past + t - window + 1)
+        for h in range(q.shape[1]):
+            score = k[first:past + t + 1, h // group] @ q[t, h] * scale
+            if slopes is not None:
+                score = score - slopes[h] * np.arange(past + t - first, -1, -1)
+            weight = np.exp(score - score.max())
+            out[t, h] = weight / weight.sum() @ v[first:past + t + 1, h // group]
+    return out
+
+
+def add_alibi(patch, H):
+    """Put ALiBi's bias into its seams; float64 slopes [H] for the reference."""
+    def _bias(s_RT, scale, head, distance):
+        return s_RT - tl.exp2(-1.0 - head) * distance * LOG2E / scale   # noqa: F821, as in kernels.py
+    patch.setattr(kernels, "bias", lambda head, distance: -2.0 ** -(head + 1.0) * distance)
+    if kernels.load_triton():
+        _bias.__globals__.update(tl=kernels.tl, LOG2E=kernels.LOG2E)
+        patch.setattr(kernels, "_bias", kernels.triton.jit(_bias))
+    return 2.0 ** -np.arange(1.0, H + 1)
+
+
+def paged(requests, S, K, D, dtype, seed, logits=1):
+    """Requests of (query tokens, past) as numpy q, k, v each, and as a batch over a pool with shuffled blocks
+    in which every slot that no request owns is NaN."""
+    rng = np.random.default_rng(seed)
+    requests = sorted(requests, key=lambda r: r[0] > 1)
+    need = [-(-(n + past) // S) for n, past in requests]
+    shuffled = rng.permutation(sum(need) + 2).tolist()
+    pool_k = torch.full((K, len(shuffled), S, D), math.nan, dtype=dtype)
+    pool_v = pool_k.clone()
+    chunks, dense = [], []
+    for (n, past), blocks in zip(requests, need):
+        table = [shuffled.pop() for _ in range(blocks)]
+        k, v = (torch.from_numpy(rng.standard_normal((n + past, K, D))).to(dtype) for _ in "kv")
+        for t in range(n + past):
+            pool_k[:, table[t // S], t % S] = k[t]
+            pool_v[:, table[t // S], t % S] = v[t]
+        chunks.append(Chunk([0] * n, past, table, logits))
+        dense.append((k.double().numpy(), v.double().numpy()))
+    return chunks, dense, pool_k.to(DEVICE), pool_v.to(DEVICE)
+
+
+ragged = st.lists(st.tuples(st.one_of(st.just(1), st.integers(1, 70)), st.integers(0, 90)), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40)
+@given(requests=ragged, heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 2), (5, 1), (14, 2), (32, 1)]),
+       D=st.sampled_from([4, 8, 16, 20, 64, 80, 96, 128, 256]), S=st.sampled_from([1, 3, 8, 16, 32, 64, 256]),
+       window=st.one_of(st.none(), st.integers(1, 80)), dtype=st.sampled_from([torch.float32, torch.float16]),
+       alibi=st.booleans(), seed=st.integers(0, 999))
+def test_kernel_equals_dense_attention(poisoned, backend, requests, heads, D, S, window, dtype, alibi, seed):
+    (H, K), scale = heads, 1.5 * D ** -0.5
+    chunks, dense, pool_k, pool_v = paged(requests, S, K, D, dtype, seed)
+    batch = make_batch(chunks, S, DEVICE)
+    q = torch.from_numpy(np.random.default_rng(seed + 1).standard_normal((len(batch.tokens_T), H + 2, D))).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        slopes = add_alibi(patch, H) if alibi else None
+        out = kernels.ATTENTION[backend](q.to(DEVICE)[:, :H], pool_k, pool_v, batch, scale, window).double().cpu().numpy()
+    start = 0
+    for chunk, (k, v) in zip(chunks, dense):
+        rows = slice(start, start := start + len(chunk.tokens))
+        expected = dense_attention(q[rows, :H].double().numpy(), k, v, scale, window, slopes)
+        tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+        np.testing.assert_allclose(out[rows], expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernel_holds_when_scores_differ_by_hundreds(poisoned, backend):
+    """Without the running max, exp overflows; without the rescale, early keys keep a weight that they lost."""
+    chunks, dense, pool_k, pool_v = paged([(1, 199), (40, 60)], 8, 1, 16, torch.float32, 0)
+    batch = make_batch(chunks, 8, DEVICE)
+    q = torch.from_numpy(np.random.default_rng(1).standard_normal((41, 2, 16))).float()
+    out = kernels.ATTENTION[backend](q.to(DEVICE), pool_k, pool_v, batch, 100.0).double().cpu().numpy()
+    for rows, (k, v) in zip((slice(0, 1), slice(1, 41)), dense):
+        np.testing.assert_allclose(out[rows], dense_attention(q[rows].double().numpy(), k, v, 100.0, None), atol=1e-3)
+
+
+@settings(max_examples=60)
+@given(lens=st.lists(st.tuples(st.one_of(st.just(1), st.integers(2, 40)), st.integers(0, 200)), min_size=1, max_size=6),
+       heads=st.sampled_from([(4, 4), (6, 2), (5, 1)]), S=st.sampled_from([1, 4, 16]), alibi=st.booleans(),
+       window=st.one_of(st.none(), st.integers(1, 150)), in_place=st.sampled_from([0, 40_000, 10 ** 9]), seed=st.integers(0, 99))
+def test_torch_reads_neighbouring_blocks_in_place_and_gathers_others(poisoned, lens, heads, S, alibi, window, in_place, seed):
+    (H, K), D, rng = heads, 16, np.random.default_rng(seed)
+    requests = sorted(lens, key=lambda r: r[0] > 1)
+    need = [-(-(n + past) // S) for n, past in requests]
+    k_KNSD, v_KNSD = torch.full((2, K, sum(need) + len(need), S, D), math.nan)
+    chunks, dense, at = [], [], 0
+    for (n, past), blocks in zip(requests, need):
+        table = list(range(at, at + blocks))
+        at += blocks + 1                          # a block of nobody between two requests
+        if rng.random() < 0.3:
+            rng.shuffle(table)
+        k, v = torch.from_numpy(rng.standard_normal((2, n + past, K, D))).float()
+        for t in range(n + past):
+            k_KNSD[:, table[t // S], t % S], v_KNSD[:, table[t // S], t % S] = k[t], v[t]
+        chunks.append(Chunk([0] * n, past, [int(block) for block in table]))
+        dense.append((k.double().numpy(), v.double().numpy()))
+    batch = make_batch(chunks, S)
+    q = torch.from_numpy(rng.standard_normal((len(batch.tokens_T), H, D))).float()
+    with pytest.MonkeyPatch.context() as patch:
+        slopes = add_alibi(patch, H) if alibi else None
+        patch.setattr(kernels, "IN_PLACE", in_place)
+        out = kernels.attention_torch(q, k_KNSD, v_KNSD, batch, 0.3, window)
+    for rows, (k, v) in zip(map(slice, batch.starts, batch.starts[1:]), dense):
+        expected = dense_attention(q[rows].double().numpy(), k, v, 0.3, window, slopes)
+        np.testing.assert_allclose(out[rows], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_torch_serves_many_short_decodes_in_few_calls_and_a_long_one_in_place():
+    """How many calls attention makes and what it copies, by what PyTorch itself is asked to do."""
+    def calls(lens):
+        asked = []
+
+        class Watch(torch.overrides.TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                asked.append(function.__name__)
+                return function(*args, **(kwargs or {}))
+
+        need, at, chunks = [-(-length // 16) for length in lens], 0, []
+        for length, blocks in zip(lens, need):
+            chunks.append(Chunk([0], length - 1, list(range(at, at + blocks))))
+            at += blocks
+        pool, q = torch.zeros(3, at, 16, 64), torch.zeros(len(lens), 9, 64)
+        with Watch():
+            kernels.attention_torch(q, pool, pool, make_batch(chunks, 16), 0.1)
+        return asked.count("scaled_dot_product_attention"), asked.count("index_select")
+    mixed = [8 + 7 * i for i in range(32)]                       # 8 to 225 tokens
+    assert calls(mixed) == (2, 4)                          # up to 127 in one call, the others in another
+    assert calls([4096]) == (1, 0)                         # read where it is
+    assert calls([4096, 8000, 30, 31]) == (3, 2)
+
+
+def attend(backend, requests, window, S=8, heads=(4, 2), D=16, seed=0, batch=None):
+    """The largest difference between a backend's attention and the dense one; and the batch."""
+    chunks, dense, pool_k, pool_v = paged(requests, S, heads[1], D, torch.float32, seed)
+    batch = batch or make_batch(chunks, S, DEVICE)
+    q = torch.from_numpy(np.random.default_rng(seed + 1).standard_normal((len(batch.tokens_T), heads[0], D))).float()
+    out = kernels.ATTENTION[backend](q.to(DEVICE), pool_k, pool_v, batch, 0.3, window).double().cpu().numpy()
+    worst = 0.0
+    for rows, (k, v) in zip(map(slice, batch.starts, batch.starts[1:]), dense):
+        worst = max(worst, abs(out[rows] - dense_attention(q[rows].double().numpy(), k, v, 0.3, window)).max())
+    return worst, batch
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernel_with_a_window_at_every_offset_to_the_tiles(poisoned, backend):
+    """A window begins at any place within a tile of 32 keys, and the first row's is not the last row's."""
+    for past in range(60, 92):
+        worst, _ = attend(backend, [(1, past), (9, past + 17)], window=29, heads=(2, 1))
+        assert worst < 1e-5, past
+    for window in range(1, 70, 3):
+        worst, _ = attend(backend, [(1, 70), (40, 31)], window, heads=(2, 1))
+        assert worst < 1e-5, window
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_with_windows_of_their_own_share_a_step(poisoned, backend):
+    """What the first layer worked out for its window does not serve the next layer's."""
+    requests, batch = [(1, 200), (1, 3), (1, 90), (50, 100), (5, 0)], None
+    for window in (None, 7, 150, 40, None, 7):
+        worst, batch = attend(backend, requests, window, batch=batch)
+        assert worst < 1e-5, window
+
+
+@settings(max_examples=200)
+@given(lens=st.lists(st.integers(0, 5000), min_size=1, max_size=40), K=st.integers(1, 71), processors=st.integers(1, 150),
+       window=st.one_of(st.none(), st.integers(1, 300)), TILE=st.sampled_from([16, 32, 64]))
+def test_splits_cover_every_key_once_in_a_table_whose_length_the_number_of_requests_gives(lens, K, processors, window, TILE):
+    batch = types.SimpleNamespace(lens=lens, num_decodes=len(lens), block_tables_UM=np.zeros((1, 9)),
+                                  chunks=[types.SimpleNamespace(row=3 * b) for b in range(len(lens))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "multiprocessors_of", lambda device: processors)
+        table = kernels.share_out(batch, K, window, TILE, None)
+    assert len(table) == 2 * processors // K + len(lens)
+    work = [row for row in table if row[0] >= 0]
+    assert table[len(work):] == [(-1, 0, 0, 0, 0, 0)] * (len(table) - len(work))
+    for b, length in enumerate(lens):
+        mine = [(i, row) for i, row in enumerate(work) if row[0] == b]
+        assert mine and all(row[1] == 3 * b * 9 and row[4] == mine[0][0] and row[5] == len(mine) for _, row in mine)
+        cuts = [row[2] for _, row in mine] + [length]
+        assert [row[3] for _, row in mine] == cuts[1:] and cuts == sorted(cuts) and all(cut % TILE == 0 for cut in cuts[:-1])
+        first = max(0, length - window) if window else 0
+        assert cuts[0] <= first < cuts[0] + TILE or length == 0
+        sizes = [-(-(stop - start) // TILE) for start, stop in zip(cuts, cuts[1:])]
+        assert max(sizes) - min(sizes) <= 1, "one long split would keep all others waiting"
+    every = sum(-(-(length - max(0, length - (window or length)) // TILE * TILE) // TILE) for length in lens)
+    largest = max(-(-(row[3] - row[2]) // TILE) for row in work)
+    assert largest <= max(1, -(-every * K // (2 * processors))), "everyone who can help does"
+
+
+@pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
+def test_an_idle_request_attends_to_nothing_and_its_output_is_zero(poisoned):
+    chunks, dense, pool_k, pool_v = paged([(1, 70), (1, 3)], 8, 2, 16, torch.float32, 0)
+    mixed = make_batch([chunks[0], IDLE, chunks[1], IDLE], 8, DEVICE)
+    q = torch.randn(4, 4, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    out = kernels.attention_triton(q, pool_k, pool_v, mixed, 0.3)
+    assert not out[[1, 3]].any()
+    for row, (k, v) in zip((0, 2), dense):
+        np.testing.assert_allclose(out[[row]].double().cpu(), dense_attention(q[[row]].double().cpu().numpy(), k, v, 0.3, None), atol=1e-5)
+    alone = kernels.attention_triton(q[:2], pool_k, pool_v, make_batch([IDLE, IDLE], 8, DEVICE), 0.3)
+    assert not alone.any(), "and a batch of nobody but them"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=15)
+@given(T=st.integers(1, 40), K=st.integers(1, 4), D=st.sampled_from([8, 24, 64]), S=st.sampled_from([1, 7, 16]),
+       seed=st.integers(0, 99))
+def test_kernel_writes_kv_into_its_slots_and_nowhere_else(backend, T, K, D, S, seed):
+    generator = torch.Generator().manual_seed(seed)
+    N = -(-T // S) + 2
+    slots = torch.randperm(N * S, generator=generator)[:T]
+    pools = [torch.full((K, N, S, D), math.nan, device=DEVICE) for _ in "kv"]
+    new = [torch.randn(T, K + 1, D, generator=generator)[:, :K] for _ in "kv"]
+    kernels.WRITE_KV[backend](*(n.to(DEVICE) for n in new), *pools, slots.to(DEVICE))
+    for pool, values in zip(pools, new):
+        expected = torch.full((K, N, S, D), math.nan)
+        for t, slot in enumerate(slots.tolist()):
+            expected[:, slot // S, slot % S] = values[t]
+        torch.testing.assert_close(pool.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
+def test_kernels_compile_for_gpus_that_are_not_here():
+    """The interpreter accepts more than the compiler does; and what the compiler makes must not spill."""
+    code = """
+import bench, json, torch
+odd = dict(dtype=torch.float32, S=16, H=14, K=2, window=50)   # whatever else there is, at once
+bench.compile_launches(lambda: bench.launch_all(80, **odd), 90)
+print(json.dumps([c for sm in (80, 90) for c in bench.compile_launches(lambda: bench.launch_all(128), sm)]))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    compiled = {(c["kernel"], c["gpu"]): c for c in json.loads(done.stdout)}
+    assert set(compiled) == {(kernel, gpu) for kernel in ("prefill", "decode", "write_kv") for gpu in ("sm_80", "sm_90")}
+    assert all(c["spills"] == 0 and c["programs"] >= 1 for c in compiled.values())
+    assert compiled["prefill", "sm_90"]["units"] == "wgmma" and compiled["decode", "sm_80"]["units"] == "mma"
+
+
+@pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
+@pytest.mark.parametrize("change, words", [
+    (dict(backend="flash"), "flash"), (dict(H=31), "31 query heads"), (dict(D=257), "257"), (dict(D=0), "head size 0"), (dict(S=0), "block size 0"),
+    (dict(dtype=torch.float64), "float64"), (dict(H=99, K=1, D=256), "99 query heads of size 256"), (dict(H=64, K=1, D=256), "64 query heads"),
+    (dict(device="cuda", capability=75), "compute capability 8.0"), (dict(device="cpu", dtype=torch.bfloat16), "interpreter")])
+def test_what_a_kernel_cannot_do_is_refused_by_name(monkeypatch, change, words):
+    asked = dict(backend="triton", device="cuda", dtype=torch.float16, H=32, K=8, D=128, S=16, capability=86) | change
+    capability, small = asked.pop("capability"), types.SimpleNamespace(shared_memory_per_block_optin=99 << 10)
+    monkeypatch.setattr(kernels, "capability_of", lambda device: capability)
+    monkeypatch.setattr(kernels, "INTERPRETED", asked["device"] == "cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
+    with pytest.raises(ValueError, match=words):
+        kernels.check(**asked | dict(device=torch.device(asked["device"])))
+    if capability > 80 and asked["device"] == "cuda":
+        kernels.check("triton", torch.device("cuda"), torch.float16, 32, 8, 128, 16)
+
+
+@pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("K, blocks", [(2, 2 ** 31 // (64 * 64) + 3), (5, 2 ** 29 // (64 * 64) + 5)])
+def test_kernel_reaches_the_end_of_a_pool_larger_than_an_int32(monkeypatch, backend, K, blocks):
+    """Element offsets beyond 2^31: in one head; and in the last of five heads, each of which is smaller. On a CPU only
+    pages that are touched take memory."""
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 20e9:
+        pytest.skip("takes 17 GB of GPU memory")
+    S, D, N = 64, 64, blocks
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    pool_k, pool_v = (torch.empty(K, N, S, D, dtype=torch.float16, device=DEVICE) for _ in "kv")
+    chunks = [Chunk([0], 99, [N - 1, N - 3]), Chunk([0] * 20, 60, [N - 2, 0])]
+    batch, rng = make_batch(chunks, S, DEVICE), np.random.default_rng(0)
+    dense = []
+    for chunk in chunks:
+        n = chunk.start + len(chunk.tokens)
+        k, v = (torch.from_numpy(rng.standard_normal((n, K, D))).half().to(DEVICE) for _ in "kv")
+        for t in range(n):
+            pool_k[:, chunk.blocks[t // S], t % S] = k[t] if t < n - 1 else 0
+            pool_v[:, chunk.blocks[t // S], t % S] = v[t] if t < n - 1 else 0
+        last = torch.tensor([chunk.blocks[(n - 1) // S] * S + (n - 1) % S], device=DEVICE)
+        kernels.WRITE_KV[backend](k[-1:], v[-1:], pool_k, pool_v, last)
+        dense.append((k.double().cpu().numpy(), v.double().cpu().numpy()))
+    q = torch.from_numpy(rng.standard_normal((21, 2 * K, D))).half()
+    out = kernels.ATTENTION[backend](q.to(DEVICE), pool_k, pool_v, batch, D ** -0.5).double().cpu().numpy()
+    for rows, (k, v) in zip((slice(0, 1), slice(1, 21)), dense):
+        np.testing.assert_allclose(out[rows], dense_attention(q[rows].double().numpy(), k, v, D ** -0.5, None), atol=4e-3)
+
+
+# ---------------------------------------------------------------------------------------------
+# The pool
+
+class PoolMachine(RuleBasedStateMachine):
+    """The pool against a plain account of who owns what. Instead of K and V, each slot holds the tokens that they depend on."""
+
+    @initialize(N=st.integers(2, 12), S=st.integers(1, 4), prefix_cache=st.booleans())
+    def start(self, N, S, prefix_cache):
+        self.pool = KVPool(1, 1, 8, N, S, prefix_cache=prefix_cache)
+        self.memory = {}       # (block, offset) -> all tokens up to this one
+        self.requests = []     # (tokens, table, tokens computed)
+        self.released = []     # blocks in the order in which they were last let go
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20), room=st.integers(0, 3))
+    def admit(self, tokens, room):
+        table, pool = BlockTable(), self.pool
+        found = pool.match(table, tokens)
+        assert found % pool.block_size == 0 and found < len(tokens) and len(table.blocks) * pool.block_size == found
+        for t in range(found):   # what was found is what would have been computed
+            assert self.memory[table.blocks[t // pool.block_size], t % pool.block_size] == tokens[:t + 1]
+        before, kept = pool.available, list(table.blocks)
+        need = -(-len(tokens) // pool.block_size) - len(kept)
+        cached = set(pool.cached)
+        grown = pool.grow(table, len(tokens))
+        assert grown == (need <= before)
+        if grown:
+            evicted = [b for b in self.released if b in cached and b in table.blocks[len(kept):]]
+            survivors = [b for b in self.released if b in pool.cached]
+            assert all(self.released.index(e) < self.released.index(s) for e in evicted for s in survivors)
+            self.requests.append([tokens, table, found])
+        else:
+            assert table.blocks == kept
+            self._release(table)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), n=st.integers(1, 9), token=st.integers(0, 1))
+    def compute(self, data, n, token):
+        request = data.draw(st.sampled_from(self.requests))
+        tokens, table, computed = request
+        if computed == len(tokens):   # decode: one more token, if there is room
+            before, free = list(table.blocks), self.pool.available
+            if not (self.pool.grow(table, len(tokens) + 1) and self.pool.own_last(table)):
+                assert free == 0 and table.blocks == before
+                return
+            for old, new in zip(before, table.blocks):   # copied on write: what was seen there is seen here
+                for offset in range(self.pool.block_size):
+                    if old != new and (old, offset) in self.memory:
+                        self.memory[new, offset] = self.memory[old, offset]
+                        assert torch.equal(self.pool.k_LKNSD[:, :, old, offset], self.pool.k_LKNSD[:, :, new, offset])
+                        assert torch.equal(self.pool.v_LKNSD[:, :, old, offset], self.pool.v_LKNSD[:, :, new, offset])
+            tokens.append(token)
+        for t in range(computed, min(computed + n, len(tokens))):
+            block = table.blocks[t // self.pool.block_size]
+            assert self.pool.references[block] == 1 and block not in self.pool.digests, "a shared block is never written"
+            self._write(block, t % self.pool.block_size, tokens[:t + 1])
+            request[2] = t + 1
+        self.pool.commit(table, tokens, request[2])
+
+    def _write(self, block, offset, tokens):
+        self.memory[block, offset] = tokens
+        self.pool.k_LKNSD[:, :, block, offset] = random.random()
+        self.pool.v_LKNSD[:, :, block, offset] = random.random()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def fork(self, data):
+        tokens, table, computed = data.draw(st.sampled_from(self.requests))
+        if computed == len(tokens):
+            self.pool.fork(table, other := BlockTable())
+            assert other.blocks == table.blocks
+            self.requests.append([list(tokens), other, computed])
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12), n=st.integers(0, 12))
+    def fail(self, tokens, n):
+        """A step promises blocks to the index, somebody finds them, and then the step fails."""
+        pool, (first, second), known = self.pool, (BlockTable(), BlockTable()), set(self.pool.index)
+        found = pool.match(first, tokens)
+        if pool.grow(first, len(tokens)):
+            evicted = known - set(pool.index)
+            pool.commit(first, tokens, max(found, min(n, len(tokens))))
+            also_found = pool.match(second, tokens)
+            assert also_found == (0 if not pool.prefix_cache else max(found, min(
+                n, len(tokens) - 1) // pool.block_size * pool.block_size))
+            pool.forget(first, found)
+            assert set(pool.index) == known - evicted
+        for table in (second, first):
+            self._release(table)
+
+    @invariant()
+    def the_device_sees_every_table(self):
+        if hasattr(self, "pool"):
+            self.pool.upload()
+            rows = [table.row for _, table, _ in self.requests]
+            assert len(set(rows)) == len(rows) and not set(rows) & set(self.pool.free_rows)
+            for _, table, _ in self.requests:
+                assert self.pool.block_tables_UM[table.row, :len(table.blocks)].tolist() == table.blocks
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def finish(self, data):
+        request = data.draw(st.sampled_from(self.requests))
+        self.requests = [r for r in self.requests if r is not request]
+        self._release(request[1])
+
+    def _release(self, table):
+        for block in reversed(table.blocks):
+            if self.pool.references[block] == 1:
+                self.released = [b for b in self.released if b != block] + [block]
+        self.pool.release(table)
+
+    @invariant()
+    def every_block_is_free_cached_or_referenced(self):
+        if not hasattr(self, "pool"):
+            return
+        held = Counter(b for _, table, _ in self.requests for b in table.blocks)
+        pool = self.pool
+        assert [held[b] for b in range(pool.num_blocks)] == pool.references
+        assert sorted([*pool.free, *pool.cached, *held]) == list(range(pool.num_blocks))
+        assert pool.num_referenced == len(held)
+        assert {d: b for b, d in pool.digests.items()} == pool.index and set(pool.cached) <= set(pool.digests)
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=150, stateful_step_count=40)
+
+
+def test_tables_that_grow_side_by_side_stay_in_one_piece():
+    pool = KVPool(1, 1, 1, 64, 4)
+    tables = [BlockTable() for _ in range(3)]
+    for tokens in range(9, 61):
+        for table in tables:
+            assert pool.grow(table, tokens, 64 if tokens == 9 else 0)
+    for table in tables:
+        assert table.blocks == list(range(table.blocks[0], table.blocks[0] + 15))
+
+
+def test_finished_requests_prefix_is_found_until_the_space_is_needed():
+    pool = KVPool(1, 1, 8, 4, 4)
+    first, tokens = BlockTable(), list(range(10))
+    pool.grow(first, 10)
+    pool.commit(first, tokens, 10)
+    blocks = first.blocks
+    pool.release(first)
+    assert (len(pool.free), len(pool.cached)) == (2, 2)
+    again = BlockTable()
+    assert pool.match(again, tokens) == 8 and again.blocks == blocks[:2]
+    pool.release(again)
+    assert pool.match(BlockTable(), [99] + tokens[1:]) == 0
+    greedy = BlockTable()
+    assert pool.grow(greedy, 12) and not pool.grow(greedy, 17)
+    assert pool.match(again := BlockTable(), tokens) == 4, "the end of a prefix is evicted before its beginning"
