@@ -1,4 +1,4 @@
-"""What the machine gives to the engine: a device, memory, threads, and no interrupt at a bad moment.
+"""What the machine gives to the engine: a device, memory, threads, a compiler, and no interrupt at a bad moment.
 
 Nothing here is about inference; a first reading may skip it. Import this file before torch: how threads wait is
 decided when torch is loaded.
@@ -10,6 +10,7 @@ import _signal   # `signal` without its detour through enums, a tenth of all boo
 import ctypes
 import os
 import signal
+import sys
 import threading
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -18,6 +19,38 @@ from functools import wraps
 # slice. So they spin for about as long as a short operation takes, and then sleep.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch
+
+# Without a GPU kernels run in Triton's interpreter, which must be chosen before anybody imports Triton.
+if "triton" not in sys.modules:
+    os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+KERNELS, TRITON = [], None   # functions that are to become kernels; the package, once it is loaded
+
+
+def jit(function):
+    """Mark a function for triton.jit, which takes a while to import and waits until a kernel is wanted. Its file has
+    `triton`, `tl` and INTERPRETED, and the kernel in the function's place, after `load_triton`."""
+    KERNELS.append(function)
+    return function
+
+
+def load_triton():
+    """Import Triton and make kernels of the functions marked @jit. None if there is no Triton for this platform
+    (macOS): everything but attention="triton" works."""
+    global TRITON
+    if KERNELS:
+        try:
+            import triton
+            import triton.language as tl
+        except ImportError:
+            return None
+        for function in KERNELS:   # index tensors are views at any offset: that must not compile a kernel anew
+            kernel = triton.jit(function, do_not_specialize_on_alignment=[
+                "tables_ptr", "query_starts_ptr", "kv_lens_ptr", "slots_ptr"])
+            function.__globals__.update({function.__name__: kernel, "triton": triton, "tl": tl,
+                                         "INTERPRETED": not isinstance(tl.zeros, triton.JITFunction)})
+        KERNELS.clear()
+        TRITON = triton
+    return TRITON
 
 
 def find_device(name: str) -> torch.device:

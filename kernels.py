@@ -29,8 +29,6 @@ slot 4 * 2 + 0 = 8 and reads slots 6, 7 and 8.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections import defaultdict
 from functools import cache
 from typing import NamedTuple
@@ -40,37 +38,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from batch import Batch, Chunk, make_batch
+from device import jit, load_triton
 
-# Without a GPU the kernels run in Triton's interpreter, which must be chosen before anybody imports Triton.
-if "triton" not in sys.modules:
-    os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
-triton = tl = LOG2E = INTERPRETED = None   # until `load_triton`
-KERNELS = []
-
-
-def jit(function):
-    """Mark a function for triton.jit, which takes a while to import and waits until a kernel is wanted."""
-    KERNELS.append(function)
-    return function
-
-
-@cache
-def load_triton():
-    """Import Triton and make kernels of the functions marked @jit. None if there is no Triton for this platform
-    (macOS): everything but attention="triton" works."""
-    global triton, tl, LOG2E, INTERPRETED
-    try:
-        import triton
-        import triton.language as tl
-    except ImportError:
-        return None
-    LOG2E = tl.constexpr(1.4426950408889634)   # exp(x) = exp2(x * LOG2E), and exp2 is one instruction
-    INTERPRETED = not isinstance(tl.zeros, triton.JITFunction)
-    for function in KERNELS:   # index tensors are views at any offset: that must not compile a kernel anew
-        globals()[function.__name__] = triton.jit(
-            function, do_not_specialize_on_alignment=[
-                "tables_ptr", "query_starts_ptr", "kv_lens_ptr", "slots_ptr"])
-    return triton
+LOG2E = 1.4426950408889634   # exp(x) = exp2(x * LOG2E), and exp2 is one instruction
+triton = tl = INTERPRETED = None   # until `load_triton`
 
 
 # ---------------------------------------------------------------------------------------------
@@ -462,13 +433,13 @@ def attention_triton(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch
             torch.zeros(n * K, dtype=torch.int32, device=device)))
         _decode_kernel[(len(work), K)](
             q_THD, out_THD, o, m, l, arrived, k_KNSD, v_KNSD, batch.block_tables_UM, batch.kv_lens, work,
-            q_THD.stride(0), N * S * D, scale * LOG2E.value, **shape, ROWS=ROWS, **options)
+            q_THD.stride(0), N * S * D, scale * LOG2E, **shape, ROWS=ROWS, **options)
     if n < len(batch.chunks):
         options = prefill_options(D, G, q_THD.dtype, capability_of(device))
         work = batch.table("prompts", lambda batch: cut_prompts(batch, options["ROWS"] // G))
         _prefill_kernel[(len(work), K)](
             q_THD, out_THD, k_KNSD, v_KNSD, batch.block_tables_UM, batch.query_starts, batch.kv_lens, work,
-            q_THD.stride(0), N * S * D, scale * LOG2E.value, **shape, **options)
+            q_THD.stride(0), N * S * D, scale * LOG2E, **shape, **options)
     return out_THD
 
 

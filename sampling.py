@@ -34,19 +34,19 @@ import math
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from device import jit, load_triton
+
 BLOCK = 256           # tokens in a block, whatever V is: models whose vocabularies are padded differently hold one race
 GROUP = 16            # logits per group, see `guess_floors`
 GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB   # the constants of splitmix64
 COLDEST = 1e-30       # lower temperatures are this one: float32 holds it, and all but the best logits have weight 0
 triton = tl = None    # until `load_triton`
-KERNELS = []
 
 
 @dataclass(frozen=True)
@@ -323,26 +323,6 @@ def log_probabilities(logits_V: Tensor, token: int, k: int) -> dict[int, float]:
 
 # ---------------------------------------------------------------------------------------------
 # The same on a GPU: one program per row, and the host waits for nothing but the tokens
-
-def jit(function):
-    """Mark a function for triton.jit, which waits until there is a GPU to sample on."""
-    KERNELS.append(function)
-    return function
-
-
-@cache
-def load_triton() -> bool:
-    """Import Triton and make kernels of the functions marked @jit. False where there is no Triton."""
-    global triton, tl
-    try:
-        import triton
-        import triton.language as tl
-    except ImportError:
-        return False
-    for function in KERNELS:
-        globals()[function.__name__] = triton.jit(function)
-    return True
-
 
 def sample_triton(logits_BV: Tensor, params: list[SamplingParams], keys: list[int], positions: list[int]) -> list[int]:
     """`sample` by one kernel. It draws from the same supersets with the same noise as `sample_torch`."""

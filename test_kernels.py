@@ -51,7 +51,7 @@ def add_alibi(patch, H):
         return s_RT - tl.exp2(-1.0 - head) * distance * LOG2E / scale   # noqa: F821, as in kernels.py
     patch.setattr(kernels, "bias", lambda head, distance: -2.0 ** -(head + 1.0) * distance)
     if kernels.load_triton():
-        _bias.__globals__.update(tl=kernels.tl, LOG2E=kernels.LOG2E)
+        _bias.__globals__.update(tl=kernels.tl, LOG2E=kernels.tl.constexpr(kernels.LOG2E))
         patch.setattr(kernels, "_bias", kernels.triton.jit(_bias))
     return 2.0 ** -np.arange(1.0, H + 1)
 

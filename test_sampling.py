@@ -27,7 +27,7 @@ from sampling import (BLOCK, SamplingParams, choose, describe, exponentials, gue
                       sample, stream)
 
 HERE = Path(__file__).parent
-HAS_TRITON = kernels.load_triton() is not None and sampling.load_triton()
+HAS_TRITON = kernels.load_triton() is not None
 SIGMAS = 5   # right code is farther off once in 1.7 million keys
 settings.register_profile("sampling", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("sampling")
@@ -433,7 +433,7 @@ def test_the_kernel_rejects_and_draws_again_as_often(options):
 def test_the_kernel_compiles_without_spills():
     code = """
 import bench, kernels, sampling, torch
-kernels.load_triton(), sampling.load_triton()
+kernels.load_triton()
 params = [sampling.SamplingParams(temperature=0.8, top_k=50, top_p=0.9)] * 2
 for sm in (80, 90, 100):
     logits = torch.zeros(2, 50_257, dtype=torch.bfloat16)

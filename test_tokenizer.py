@@ -65,6 +65,7 @@ def train_bpe(text, n):
 
 SAMPLE = ("The cat sat on the mat. It's 12345 o'clock and we'll see 678 cats' tails\n\n  They've  sat there,\tthere!\r\n"
           "Привет, мир! Приветы кота. ភាសាខ្មែរ ភាសា 😀😀 👩‍👩‍👧 naïve café " * 2)
+BORDERS = "1234 123 456 a12 !\n !\n\n t's t'LL \n\n at.\n " * 4   # merges across what one family or another splits
 FRAGMENTS = ["the", " cat", "'s", "'LL", " ", "  ", "\n", "\r\n", "\t", "1", "23", "456", ".", "!?", "привет", "ភាសា", "😀", "👩\u200d👩",
              "e\u0301", "\xa0", "\x85", "\u3000", "Ⅷ", "<|bos|>"]
 PIECE = st.one_of(st.sampled_from(FRAGMENTS), st.integers(0, len(SAMPLE)).flatmap(lambda i: st.integers(0, 9).map(lambda n: SAMPLE[i:i + n])))
@@ -118,8 +119,8 @@ ADDED = [{"id": 1000, "content": "<|bos|>", "special": True}, {"id": 1001, "cont
 
 
 def tokenizer_json(pre, normalizer, post, shuffle=0):
-    """A tokenizer.json with merges learned from SAMPLE; ids in an order of their own if shuffle is given."""
-    merges = train_bpe(SAMPLE, 100)
+    """A tokenizer.json with merges learned from SAMPLE and BORDERS; ids in an order of their own if shuffle is given."""
+    merges = train_bpe(SAMPLE + BORDERS, 120)
     tokens = list(dict.fromkeys([*byte_alphabet().values(), *("".join(m) for m in merges)]))
     random.Random(shuffle).shuffle(tokens)
     return {"version": "1.0", "added_tokens": ADDED, "normalizer": normalizer, "pre_tokenizer": pre, "post_processor": post,
@@ -147,6 +148,11 @@ def test_ids_equal_plain_byte_pair_encoding(tokenizers, name, text):
     expected = before + [raw["model"]["vocab"][part] for word in words(normal) for part in plain_bpe(word, raw["model"]["merges"])]
     assert tokenizer.encode(text) == expected
     assert tokenizer.decode(expected[len(before):]) == normal
+
+
+def test_each_family_has_its_own_ids_so_that_a_wrong_split_is_seen(tokenizers):
+    ids = {name: tokenizers[name][0].encode(BORDERS) for name in TOKENIZERS}
+    assert len({tuple(i for i in ids[name] if i != 1000) for name in TOKENIZERS}) == len(TOKENIZERS)
 
 
 @pytest.mark.parametrize("pattern, words", [(GPT2_SPLIT, words_of_gpt2), (LLAMA3_SPLIT, words_of_llama3), (QWEN_SPLIT, words_of_qwen)])

@@ -1,9 +1,10 @@
 """Text is a list of numbers. (The engine stands on this file; a first reading may skip it.)
 
-A model knows no letters. It knows V tokens by number, and a tokenizer turns text into those numbers and back. Byte-level
-byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019) does so in three moves. A pattern cuts the text into
-words, each with the space before it. A word is its UTF-8 bytes, and every byte is a token, so that no text is unknown.
-Then pairs of neighbours become one token, the pair that was learned first before all others, until no pair is left.
+A model knows no letters. It knows V tokens by number, and a tokenizer turns text into those numbers and back.
+Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019) does so in three moves. A pattern cuts the
+text into words, each with the space before it. A word is its UTF-8 bytes, and every byte is a token, so that no
+text is unknown. Then pairs of neighbours become one token, the pair that was learned first before all others, until
+no known pair is left.
 "The cat sat" through demo/llama, where tokens 0 to 255 are the bytes and the others follow in the order of learning:
 
     words     "The"             " cat"             " sat"
@@ -12,8 +13,9 @@ Then pairs of neighbours become one token, the pair that was learned first befor
               269 "The"         274 " c" 300 "at"  272 " sa" 116
                                 341 " cat"         479 " sat"
 
-Way back, the bytes of the tokens are put together again. A token need not end where a character ends: "😀" is four bytes,
-perhaps in four tokens. So whoever streams text holds the begun character back until its last byte is there (`decoder`).
+On the way back the bytes of the tokens are put together again. A token need not end where a character ends: "😀" is
+four bytes, perhaps in four tokens. So whoever streams text holds a character back until its last byte is there
+(`decoder`).
 
 Around this lesson stand the customs of real checkpoints: control tokens such as "<|endoftext|>" that no merge can make
 (`AddedTokens`), three kinds of files that say the same thing (`load_tokenizer`), and tokenizers of another build, which
@@ -44,7 +46,7 @@ LLAMA3_SPECIAL = ["begin_of_text", "end_of_text", *(f"reserved_special_token_{i}
                   "start_header_id", "end_header_id", "reserved_special_token_4", "eot_id",
                   *(f"reserved_special_token_{i}" for i in range(5, 251))]
 
-# Files spell tokens in GPT-2's alphabet: a printable character for each byte, its own where it has one. " cat" is "Ġcat".
+# Files spell tokens in GPT-2's alphabet: a printable character for each byte, its own where it has one. " cat": "Ġcat".
 UNPRINTABLE = [*range(33), *range(127, 161), 173]
 ALPHABET = "".join(chr(256 + UNPRINTABLE.index(b) if b in UNPRINTABLE else b) for b in range(256))
 BYTES = {ord(character): b for b, character in enumerate(ALPHABET)}
@@ -89,7 +91,8 @@ class AddedTokens:
                 start -= 1
             while token.get("rstrip") and stop < len(text) and is_space(text[stop]):
                 stop += 1
-            yield text[end:start], token["id"]   # white space of the token before may be this token: no text is between
+            # A token of white space that the one before it has swallowed is given too, with no text between them.
+            yield text[end:start], token["id"]
             end = stop
         yield text[end:], None
 
@@ -133,7 +136,7 @@ class Tokenizer:
         learning. splits: functions from a text to pieces, each applied to the pieces of the one before. added: see
         AddedTokens; those said to be "normalized" are looked for in the text's normal form, others in the text as it
         is. unknown: the id of bytes that have none; None: they are left out. before, after: ids around every text.
-        normal_form: "NFC" and so on (Unicode Annex 15). whole_words: words that are tokens stay whole, merges or not."""
+        normal_form: "NFC", say (Unicode Annex 15). whole_words: words that are tokens stay whole, merges or not."""
         spelled = {token: to_bytes(token) for token in vocab}
         ranked = {bytes([b]): vocab.get(character, unknown) for b, character in enumerate(ALPHABET)}   # bytes -> id
         for pair in merges:
@@ -144,7 +147,8 @@ class Tokenizer:
         self.merge = tiktoken.Encoding("checkpoint", pat_str=r"[\s\S]+", special_tokens={},
                                        mergeable_ranks=ranks).encode_ordinary
         self.whole_words = {spelled[token]: i for token, i in vocab.items()} if whole_words else {}
-        self.bytes_of = {i: spelled[token] for token, i in vocab.items()} | {a["id"]: a["content"].encode() for a in added}
+        self.bytes_of = {i: spelled[token] for token, i in vocab.items()}
+        self.bytes_of |= {a["id"]: a["content"].encode() for a in added}
         self.special = {a["id"] for a in added if a.get("special")}
         self.before, self.after, self.splits = before, after, splits
         self.normalize = partial(unicodedata.normalize, normal_form) if normal_form else str
@@ -194,9 +198,9 @@ class Tokenizer:
 
 
 class ForeignTokenizer:
-    """Whatever else a tokenizer.json may hold (SentencePiece-style BPE, Unigram): `inner` of the `tokenizers` package."""
+    """Whatever else a tokenizer.json may hold (SentencePiece-style BPE, Unigram), by the `tokenizers` package."""
 
-    def __init__(self, inner):
+    def __init__(self, inner):   # the package's own Tokenizer
         self.inner = inner
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -211,7 +215,7 @@ class ForeignTokenizer:
         tokens are decoded behind those seen before them, and what these say alone is taken off: of "▁cat" "▁sat"
         comes "cat sat", less "cat". A character that the prompt has begun belongs to the answer, which ends it."""
         seen, new = list(prompt), []
-        while (said := self.decode(seen, True)).endswith("\ufffd") and len(new) < 3:   # three of a character's four bytes
+        while (said := self.decode(seen, True)).endswith("\ufffd") and len(new) < 3:   # 3 of a character's 4 bytes
             new.insert(0, seen.pop())
         begun = self.decode(new, True)
 
