@@ -79,13 +79,14 @@ def memory_for_pool(device: torch.device) -> tuple[int, int]:
     return memory, memory // 4
 
 
-def keep_freed_memory():
-    """Have glibc keep what a step frees: given back, it would cost the next step a page fault per 4 KiB (a quarter of
-    GPT-2's prefill where this was measured)."""
+def keep_freed_memory(keep: bool):
+    """Whether glibc keeps what is freed. While weights are read it should not: what lies between them would be lost.
+    While steps run it should: given back, it would cost the next step a page fault per 4 KiB (a quarter of GPT-2's
+    prefill where this was measured)."""
     with suppress(OSError, AttributeError, TypeError):   # another C library has no such function
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 << 20)      # M_MMAP_THRESHOLD: up to its maximum, memory comes from the heap
-        mallopt(-1, 2 ** 31 - 1)   # M_TRIM_THRESHOLD: and the heap does not shrink
+        mallopt(-3, 32 << 20 if keep else 1 << 20)       # M_MMAP_THRESHOLD: what is smaller comes from the heap
+        mallopt(-1, 2 ** 31 - 1 if keep else 1 << 17)    # M_TRIM_THRESHOLD: the heap shrinks if so much is free
 
 
 @contextmanager

@@ -112,7 +112,7 @@ class Call(NamedTuple):
     """Some requests of a step that share a call: decodes, or the chunk of one request."""
     rows: slice | Tensor     # their query rows
     decodes: bool            # one row each
-    keys: slice | Tensor     # where their keys are: neighbouring slots, or [B, K, keys] rows of the pool as [K * N * S, D]
+    keys: slice | Tensor     # where their keys are: neighbouring slots, or rows [B, K, keys] of the pool as [K N S, D]
     mask: Tensor | None      # added to the scores; None: a decode sees all keys, a prompt sees those up to its own
 
     def read(self, pool_KNSD: Tensor) -> Tensor:
@@ -222,8 +222,8 @@ def _start(ROWS: tl.constexpr, D_PAD: tl.constexpr):
 
 @jit
 def _bias(s_RT, scale, head, distance):
-    """The scores with what is added to them: here nothing (see `bias`). Their factor `scale`, which holds LOG2E, comes
-    later, so ALiBi with 8 heads is `s_RT - tl.exp2(-1.0 - head) * distance * LOG2E / scale`."""
+    """The scores with what is added to them: here nothing (see `bias`). Their factor `scale`, which holds log2(e), comes
+    later, so ALiBi with 8 heads is `s_RT - tl.exp2(-1.0 - head) * distance * 1.4426950408889634 / scale`."""
     return s_RT
 
 

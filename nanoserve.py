@@ -307,13 +307,13 @@ class LLM:
         kernels.check(attention, self.device, DTYPES[self.dtype], c.H, c.K, c.D, block_size)
         if cuda_graphs and attention != "triton":
             raise ValueError(f"cuda_graphs=True needs attention='triton', not {attention!r}: leave one of them out")
-        if not gpu:
-            keep_freed_memory()
 
         self.tokenizer = load_tokenizer(self.folder) if self.folder else None
+        keep_freed_memory(False)
         if weights is None:
             weights = (load_weights(self.folder, c, self.device, DTYPES[self.dtype]) if self.folder else
                        random_weights(c, self.device, DTYPES[self.dtype]))
+        keep_freed_memory(True)
         self.model = Model(c, weights, attention)
         max_seqs = min(max_seqs, max_batched_tokens)   # so that a step has a token for everyone who decodes
         self.pool = self._make_pool(block_size, num_blocks, max_seqs, prefix_cache)

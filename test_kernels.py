@@ -48,10 +48,10 @@ def dense_attention(q, k, v, scale, window, slopes=None):
 def add_alibi(patch, H):
     """Put ALiBi's bias into its seams; float64 slopes [H] for the reference."""
     def _bias(s_RT, scale, head, distance):
-        return s_RT - tl.exp2(-1.0 - head) * distance * LOG2E / scale   # noqa: F821, as in kernels.py
+        return s_RT - tl.exp2(-1.0 - head) * distance * 1.4426950408889634 / scale   # noqa: F821, as in kernels.py
     patch.setattr(kernels, "bias", lambda head, distance: -2.0 ** -(head + 1.0) * distance)
     if kernels.load_triton():
-        _bias.__globals__.update(tl=kernels.tl, LOG2E=kernels.tl.constexpr(kernels.LOG2E))
+        _bias.__globals__.update(tl=kernels.tl)
         patch.setattr(kernels, "_bias", kernels.triton.jit(_bias))
     return 2.0 ** -np.arange(1.0, H + 1)
 
