@@ -38,12 +38,12 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from device import jit, load_triton
+from device import jit, load_triton, single_thread
 
 BLOCK = 256           # tokens in a block, whatever V is: models whose vocabularies are padded differently hold one race
 GROUP = 16            # logits per group, see `guess_floors`
+SINGLE_THREAD = 1 << 17   # logits: with fewer, a second thread mostly waits
 GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB   # the constants of splitmix64
 COLDEST = 1e-30       # lower temperatures are this one: float32 holds it, and all but the best logits have weight 0
 triton = tl = None    # until `load_triton`
@@ -99,7 +99,7 @@ def mix(z: int) -> int:
 
 
 def noise_key(seed: int | None, sample: int = 0) -> int:
-    """The 64-bit key of a request's noise. Sample i of a seed has the key of seed + i; without a seed it is by chance."""
+    """The 64-bit key of a request's noise. Sample i of a seed has the key of seed + i; without a seed by chance."""
     if seed is None:
         return secrets.randbits(64)
     key, rest = 0, int(seed) + sample
@@ -121,7 +121,7 @@ def exponentials(start_R: Tensor, draw: int, n: int) -> Tensor:
     They have 52 random bits: the less likely a token, the nearer to 0 must be the number with which it wins.
     """
     z = start_R[:, None] + (torch.arange(n, device=start_R.device) + (draw << 32)) * (GOLDEN - 2 ** 64)
-    z = (z ^ z >> 30 & 2 ** 34 - 1) * (MIX_1 - 2 ** 64)   # the masks: bits that come in from the left are 0, not the sign
+    z = (z ^ z >> 30 & 2 ** 34 - 1) * (MIX_1 - 2 ** 64)   # masks: bits that come in from the left are 0
     z = (z ^ z >> 27 & 2 ** 37 - 1) * (MIX_2 - 2 ** 64)
     z = (z ^ z >> 31 & 2 ** 33 - 1) >> 12 & 2 ** 52 - 1
     return z.double().add_(0.5).mul_(-2.0 ** -52).log1p_().neg_()   # -log(1 - u), 0 < u < 1
@@ -135,32 +135,33 @@ def sample(logits_BV: Tensor, params: list[SamplingParams], keys: list[int], pos
     -1 where the row's largest logit is not finite."""
     if logits_BV.is_cuda and load_triton():
         return sample_triton(logits_BV, params, keys, positions)
-    return sample_torch(logits_BV.cpu() if logits_BV.is_mps else logits_BV, params, keys, positions)   # mps: no float64
+    with single_thread(logits_BV.numel() < SINGLE_THREAD):
+        return sample_torch(logits_BV.cpu() if logits_BV.is_mps else logits_BV, params, keys, positions)   # no float64
 
 
 def sample_torch(logits_BV: Tensor, params: list[SamplingParams], keys: list[int], positions: list[int]) -> list[int]:
     """`sample` on any device. N is blocks of L = BLOCK tokens, R the rows that are still to be drawn."""
     (B, V), device = logits_BV.shape, logits_BV.device
-    logits_BV = logits_BV.float()
-    if V % BLOCK:
-        logits_BV = pad(logits_BV, (0, -V % BLOCK), value=-torch.inf)
-    logits_BNL = logits_BV.reshape(B, -1, BLOCK)
-    best_BN = logits_BNL.amax(-1)
-    best_B, block_B = best_BN.amax(-1), best_BN.argmax(-1)
-    likely_B = block_B * BLOCK + logits_BNL[torch.arange(B, device=device), block_B].argmax(-1)
-    tokens = likely_B.where(best_B.isfinite(), -1).tolist()
-    rows = [Row(b, V, p, keys[b], positions[b]) for b, p in enumerate(params) if p.temperature and tokens[b] >= 0]
+    best_B, tokens = logits_BV.amax(-1), [-1] * B
+    finite = best_B.isfinite()
+    if not all(p.temperature for p in params):
+        tokens = logits_BV.argmax(-1).where(finite, -1).tolist()
+    rows = [Row(b, V, p, keys[b], positions[b])
+            for b, (p, fine) in enumerate(zip(params, finite.tolist())) if fine and p.temperature]
     if not rows:
         return tokens
 
-    logits_RNL, best_R = take([row.b for row in rows], logits_BNL, best_B)
+    logits_BNL = in_blocks(logits_BV)
+    logits_RNL, best_R = take([row.b for row in rows], logits_BNL, best_B.float())
     start_R = torch.tensor([row.start for row in rows], device=device)
     temperature_R = torch.tensor([row.temperature for row in rows], dtype=torch.float32, device=device)
-    weights_RNL = torch.sub(logits_RNL, best_R[:, None, None]).div_(temperature_R[:, None, None]).exp_()
-    cut = any(row.k or row.p < 1 for row in rows)
+    scaled_RNL = torch.sub(logits_RNL, best_R[:, None, None]).div_(temperature_R[:, None, None])
+    weights_RNL = scaled_RNL.flatten(1).softmax(-1).view_as(scaled_RNL)   # twice as fast as exp
+    unit_R = weights_RNL.amax((1, 2))   # what the best logit weighs
+    cut, mask_RNL = any(row.k or row.p < 1 for row in rows), torch.empty_like(logits_RNL)
     if any(row.k for row in rows):   # about the first k, or more
         floor_R = guess_floors(logits_RNL.flatten(1), [row.k for row in rows])
-        inside_RNL = torch.ge(logits_RNL, floor_R[:, None, None], out=torch.empty_like(logits_RNL))
+        inside_RNL = torch.ge(logits_RNL, floor_R[:, None, None], out=mask_RNL)
         for r, (row, floor, size) in enumerate(zip(rows, floor_R.tolist(), inside_RNL.sum((1, 2)).tolist())):
             if size >= row.k:
                 row.floor, row.size = floor, size
@@ -168,16 +169,15 @@ def sample_torch(logits_BV: Tensor, params: list[SamplingParams], keys: list[int
                 inside_RNL[r] = 1.0
         weights_RNL *= inside_RNL
     sums_RN = weights_RNL.sum(-1)
-    if cut:
-        for row, total, best in zip(rows, total_of(sums_RN), best_R.tolist()):
-            row.bound_total(total, best)
+    for row, total, best, unit in zip(rows, total_of(sums_RN), best_R.tolist(), unit_R.tolist()):
+        row.total, row.best, row.unit = total, best, unit
 
     for draw in itertools.count():
         block_R, lane_R = race(weights_RNL, sums_RN, start_R, draw)
         drawn = (block_R * BLOCK + lane_R).tolist()
         counts = masses = itertools.repeat(0)
         if cut:
-            before_RNL = predecessors(logits_RNL, block_R, lane_R)
+            before_RNL = predecessors(logits_RNL, block_R, lane_R, out=mask_RNL[:len(rows)])
             weights_RNL *= before_RNL
             sums_RN = weights_RNL.sum(-1)
             counts, masses = before_RNL.sum((1, 2)).tolist(), total_of(sums_RN)
@@ -191,6 +191,16 @@ def sample_torch(logits_BV: Tensor, params: list[SamplingParams], keys: list[int
             return tokens
         rows = [rows[r] for r in again]
         logits_RNL, weights_RNL, sums_RN, start_R = take(again, logits_RNL, weights_RNL, sums_RN, start_R)
+
+
+def in_blocks(logits_BV: Tensor) -> Tensor:
+    """float32 logits [B, N, L], the last block filled up with -inf."""
+    B, V = logits_BV.shape
+    if V % BLOCK:
+        padded_BV = torch.empty(B, V + -V % BLOCK, device=logits_BV.device)
+        padded_BV[:, :V], padded_BV[:, V:] = logits_BV, -torch.inf
+        logits_BV = padded_BV
+    return logits_BV.float().reshape(B, -1, BLOCK)
 
 
 def total_of(sums_RN: Tensor) -> list[float]:
@@ -212,27 +222,31 @@ class Row:
         self.b, self.p, self.k = b, params.top_p, params.top_k if params.top_k < V else 0   # 0: all
         self.temperature = max(params.temperature, COLDEST)
         self.start = stream(key, position)
-        self.size, self.floor = V, -math.inf   # so many tokens are drawn from at first; their smallest logit
+        # So many tokens are drawn from at first; below none of their logits; their weight; the best logit, its weight.
+        self.size, self.floor, self.total, self.best, self.unit = V, -math.inf, 0.0, 0.0, 1.0
 
-    def bound_total(self, total: float, best: float):
-        """The weight that top-p is a part of: all, or that of the first k. All but those of the tokens drawn from at
-        first weigh no more than the average of them, and no less than the smallest."""
-        self.best, self.least, self.most = best, total, total
-        if self.k:
-            smallest = math.exp((self.floor - best) / self.temperature)
-            self.least, self.most = total * self.k / self.size, total - (self.size - self.k) * smallest
+    def bounds(self, count: int, mass: float) -> tuple[float, float]:
+        """At least and at most what the first k weigh, if so many tokens of so much weight come before one of them. Of
+        the others drawn from at first, the first weigh as much as their average or more, none less than the floor."""
+        if not self.k:
+            return self.total, self.total
+        share = (self.k - count) / (self.size - count)
+        smallest = self.unit * math.exp((self.floor - self.best) / self.temperature)
+        return mass + (self.total - mass) * share, self.total - (self.size - self.k) * smallest
 
     def keeps(self, count: int, mass: float, logits_BNL: Tensor) -> bool:
         """Whether a token is kept that has so many tokens, of so much weight, before it."""
         if self.k and count >= self.k:
             return False
-        if self.p == 1 or mass < self.p * self.least:
+        least, most = self.bounds(count, mass)
+        if self.p == 1 or mass < self.p * least:
             return True
-        if mass >= self.p * self.most:
-            return False
-        logits_K = logits_BNL[self.b].flatten().topk(self.k).values   # seldom: the bounds are close to each other
-        self.least = self.most = ((logits_K - self.best) / self.temperature).exp().sum(dtype=torch.float64).item()
-        return mass < self.p * self.most
+        if mass < self.p * most:   # seldom: then it must be known
+            logits_K = logits_BNL[self.b].flatten().topk(self.k).values
+            self.total = self.unit * ((logits_K - self.best) / self.temperature).double().exp().sum().item()
+            self.size = self.k
+            return mass < self.p * self.total
+        return False
 
 
 def race(weights_RNL: Tensor, sums_RN: Tensor, start_R: Tensor, draw: int) -> tuple[Tensor, Tensor]:
@@ -243,16 +257,16 @@ def race(weights_RNL: Tensor, sums_RN: Tensor, start_R: Tensor, draw: int) -> tu
     return block_R, (times[:, :BLOCK] / weights_RL).argmin(-1)
 
 
-def predecessors(logits_RNL: Tensor, block_R: Tensor, lane_R: Tensor) -> Tensor:
+def predecessors(logits_RNL: Tensor, block_R: Tensor, lane_R: Tensor, out: Tensor) -> Tensor:
     """1.0 for tokens that come before token (block, lane) of their row: larger logits, equal ones with a lower id.
-    (Comparisons into floats are vectorised, and so are products with them; masks and `where` take ten times as long.)"""
+    (Comparisons into floats are vectorised, products with them are, too; masks and `where` take ten times as long.)"""
     R, N, L = logits_RNL.shape
     each_R, n_N, l_L = (torch.arange(n, device=logits_RNL.device) for n in (R, N, L))
     own_RL = logits_RNL[each_R, block_R]
     pivot_R1 = own_RL.gather(1, lane_R[:, None])
     below_R1 = pivot_R1.nextafter(torch.full_like(pivot_R1, -torch.inf))   # x > below is x >= pivot
     bar_RN = torch.where(n_N < block_R[:, None], below_R1, pivot_R1)
-    before_RNL = torch.gt(logits_RNL, bar_RN[:, :, None], out=torch.empty_like(logits_RNL))
+    before_RNL = torch.gt(logits_RNL, bar_RN[:, :, None], out=out)
     before_RNL[each_R, block_R] = torch.gt(own_RL, torch.where(l_L < lane_R[:, None], below_R1, pivot_R1)).float()
     return before_RNL
 
@@ -261,20 +275,20 @@ def guess_floors(logits_BV: Tensor, ks: list[int]) -> Tensor:
     """Logits [B] that k tokens of the row, and few more, are at or above; -inf where k is 0. It is a guess and need not
     be right: it saves draws. V is a multiple of GROUP.
 
-    Small k: the k-th largest of the maxima of V / GROUP groups (more are above it only where groups have two). Large k:
-    of every GROUP-th logit the one with such a rank that it is hardly ever above the k-th largest of the row, two
-    standard deviations and two beyond the rank that is expected.
+    Small vocabulary: the k-th largest of all. Small k: the k-th largest of the maxima of V / GROUP groups (more are
+    above it only where groups have two). Large k: of every GROUP-th logit the one with such a rank that it is hardly
+    ever above the k-th largest of the row, two standard deviations and two beyond the rank that is expected.
     """
     V, floor_B = logits_BV.shape[1], torch.full([len(ks)], -torch.inf, device=logits_BV.device)
-    small = {b: k for b, k in enumerate(ks) if 0 < k <= V // (4 * GROUP)}
-    large = {b: math.ceil(k / GROUP + 2 * math.sqrt(k / GROUP) + 2) for b, k in enumerate(ks) if k and b not in small}
-    for ranks in (small, large):
-        if ranks:
-            groups_RGM = take(list(ranks), logits_BV)[0].view(len(ranks), GROUP, -1)
-            some_RM = groups_RGM.amax(1) if ranks is small else groups_RGM.flatten(1)[:, ::GROUP]
-            rank_R1 = torch.tensor(list(ranks.values()), device=floor_B.device)[:, None].clamp(max=some_RM.shape[1])
-            sorted_RM = some_RM.topk(min(max(ranks.values()), some_RM.shape[1])).values
-            floor_B[list(ranks)] = sorted_RM.gather(1, rank_R1 - 1)[:, 0]
+    group = GROUP if V > 1 << 13 else 1
+    for k in set(ks) - {0}:
+        rows = [b for b, k_of_row in enumerate(ks) if k_of_row == k]
+        (some_RM,), rank = take(rows, logits_BV), k
+        if group == 1 or k <= V // (4 * GROUP):
+            some_RM = some_RM.view(len(rows), group, -1).amax(1)
+        else:
+            some_RM, rank = some_RM[:, ::GROUP], math.ceil(k / GROUP + 2 * math.sqrt(k / GROUP) + 2)
+        floor_B[rows] = some_RM.topk(min(rank, some_RM.shape[1])).values[:, -1]
     return floor_B
 
 
@@ -334,7 +348,7 @@ def sample_triton(logits_BV: Tensor, params: list[SamplingParams], keys: list[in
                            dtype=torch.float64).to(device, non_blocking=True)
     floor_B = tokens_B = torch.empty(B, dtype=torch.int64, device=device)
     if any(row.k for row in rows):
-        floor_B = guess_floors(pad(logits_BV.float(), (0, -V % BLOCK), value=-torch.inf), [row.k for row in rows])
+        floor_B = guess_floors(in_blocks(logits_BV).flatten(1), [row.k for row in rows])
     _sample_kernel[(B,)](logits_BV, floor_B, whole_B2, real_B2, tokens_B, V, V, BLOCK=BLOCK, BLOCKS=8, num_warps=8)
     return tokens_B.tolist()
 

@@ -80,7 +80,7 @@ def assert_frequencies(counts: np.ndarray, expected: np.ndarray):
     (300, 0.5, dict(temperature=1.0, top_k=50, top_p=0.8)), (700, 1, dict(temperature=1.3, top_k=600, top_p=0.9)),
     (300, 1, dict(temperature=1e6)), (300, 1, dict(temperature=1e6, top_k=9, top_p=0.5))])
 def test_frequencies_are_those_of_the_definition(V, scale, options):
-    n, logits, params = 20_000, random_logits(V, seed=V, scale=scale), SamplingParams(**options)
+    n, logits, params = 10_000, random_logits(V, seed=V, scale=scale), SamplingParams(**options)
     expected, tokens = probabilities(logits, params), draws(logits, params, n)
     assert_frequencies(np.bincount(tokens, minlength=V), n * expected)
     # Positions in the first column of a row, keys in the second: each alone makes the same frequencies.
@@ -156,11 +156,11 @@ def test_the_smallest_random_number_is_above_0_and_the_largest_is_finite():
 # The noise
 
 def test_numbers_are_independent_along_every_input():
-    """Consecutive seeds, positions, draws and token ids. 131,072 numbers: a correlation of 0.014 would be seen."""
-    start = torch.tensor([[stream(noise_key(seed), position) for position in range(16)] for seed in range(16)])
+    """Consecutive keys, positions, draws and token ids. 131,072 numbers: a correlation of 0.014 would be seen."""
+    start = torch.tensor([[stream(key, position) for position in range(16)] for key in range(16)])
     numbers = torch.stack([exponentials(start.flatten(), draw, 64) for draw in range(8)]).view(8, 16, 16, 64)
     assert len(numbers.unique()) == numbers.numel()
-    for axis in range(4):   # draws, seeds, positions, token ids
+    for axis in range(4):   # draws, keys, positions, token ids
         # No value of an input has numbers of its own: each slice has the mean 1 and the variance 1 (of which the
         # standard deviation is the square root of 8 / n).
         slices = numbers.transpose(0, axis).flatten(1)
@@ -264,10 +264,11 @@ def test_what_top_p_is_a_part_of_is_the_weight_of_the_first_k(k, p):
     order = np.lexsort((np.arange(V), -logits.numpy()))
     n = int(kept.sum())
     assert set(np.flatnonzero(kept)) == set(order[:n])
-    (row,) = rows_of(logits[None], [params])
-    weights = np.exp((logits.double().numpy() - logits.max().item()))[order]
+    batch = torch.stack([torch.zeros(V), logits])   # the row that is meant is not the first
+    row = rows_of(batch, [params] * 2)[1]
+    weights = row.unit * np.exp((logits.double().numpy() - logits.max().item()))[order]
     for count in {max(n - 2, 0), n - 1, n, n + 1, k // 2, k - 1, k, k + 3}:
-        assert row.keeps(count, weights[:count].sum(), logits.view(1, -1, BLOCK)) == (count < n), (count, n)
+        assert row.keeps(count, weights[:count].sum(), batch.view(2, -1, BLOCK)) == (count < n), (count, n)
 
 
 def rows_of(logits_BV: torch.Tensor, params: list[SamplingParams]) -> list:
@@ -302,8 +303,24 @@ def test_the_guess_leaves_little_more_than_the_first_k(scale):
     rows = rows_of(logits, [SamplingParams(temperature=1.0, top_k=k, top_p=0.9) for k in ks])
     assert [row.size for row in rows] == sizes
     for row, k in zip(rows, ks):   # and with it, what is known of the weight of the first k
-        weight = ((logits[row.b] - row.best).double().exp()).topk(k).values.sum().item()
-        assert row.least <= weight * (1 + 1e-6) and weight <= row.most * (1 + 1e-6) and row.most < 1.3 * row.least + 2
+        weight_K = row.unit * (logits[row.b].topk(k).values.double() - row.best).exp()
+        weight = weight_K.sum().item()
+        for count in (0, k // 2, k - 1):
+            least, most = row.bounds(count, weight_K[:count].sum().item())
+            assert least <= weight * (1 + 1e-5) and weight <= most * (1 + 1e-5) and most < 1.2 * least + 2 * row.unit
+
+
+@pytest.mark.parametrize("k", [10, 1000])
+def test_a_guess_that_is_wrong_leaves_the_row_whole(k):
+    """What the guess looks at is large, or small, and says nothing of the rest."""
+    params, looked_at = SamplingParams(temperature=1.0, top_k=k), torch.arange(4096) % sampling.GROUP == 0
+    for logits in (looked_at.float(), -looked_at.float(), looked_at.flip(0).float()):
+        kept = np.lexsort((np.arange(4096), -logits.numpy()))[:k]
+        tokens = draws(logits, params, 600)
+        assert set(tokens) <= set(kept)
+        likely = logits[tokens] == logits.max()
+        share = probabilities(logits, params)[logits.numpy() == logits.numpy().max()].sum()
+        assert abs(likely.double().mean() - share) <= SIGMAS * math.sqrt(share * (1 - share) / 600) + 1e-9
 
 
 # ---------------------------------------------------------------------------------------------
@@ -380,13 +397,21 @@ def test_every_input_of_the_noise_counts():
     assert len(set(sample(logits, params, [1] * n, [9] * n))) == 1
 
 
+@pytest.mark.parametrize("choose_tokens", [sampling.sample_torch] + [sampling.sample_triton] * HAS_TRITON)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_greedy_takes_the_first_of_the_largest(dtype):
-    logits = torch.zeros(4, 700, dtype=dtype)
-    logits[0, [3, 255, 256, 699]], logits[1, [699]], logits[2, [600, 256, 511]] = 2.0, 2.0, 2.0
-    assert sample(logits, [SamplingParams()] * 4, [1] * 4, [1] * 4) == [3, 699, 256, 0]
-    cold = [SamplingParams(temperature=1e-300)] * 2   # ties at a temperature are drawn, not broken
-    assert {sample(logits[2:], cold, [key] * 2, [1] * 2)[0] for key in range(60)} == {600, 256, 511}
+def test_greedy_takes_the_first_of_the_largest(choose_tokens, dtype):
+    logits = torch.zeros(4, 5000, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    logits[0, [3, 255, 2051, 4099]], logits[1, 4999], logits[2, [600, 256, 4696]] = 2.0, 2.0, 2.0
+    assert choose_tokens(logits, [SamplingParams()] * 4, [1] * 4, [1] * 4) == [3, 4999, 256, 0]
+    cold = [SamplingParams(temperature=1e-300)] * 40   # equal ones are drawn from, however cold it is
+    assert set(choose_tokens(logits[[2] * 40], cold, [1] * 40, list(range(40)))) == {600, 256, 4696}
+
+
+def test_a_low_temperature_tells_logits_apart_that_are_close():
+    """0.0001 at a temperature of 0.000001 is a hundred times more than the exponent that matters."""
+    logits = torch.tensor([0.9999, 1.0, 0.0])
+    assert set(draws(logits, SamplingParams(temperature=1e-6), 100)) == {1}
+    assert set(draws(logits, SamplingParams(temperature=1e-3), 100)) == {0, 1}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -427,6 +452,28 @@ def test_the_kernel_rejects_and_draws_again_as_often(options):
     logits = random_logits(12, 1100, scale=0.55).to(device)
     rows = [SamplingParams(temperature=0.8, **options)] * 12, list(range(12)), [2 ** 40] * 12
     assert sampling.sample_triton(logits, *rows) == sampling.sample_torch(logits, *rows)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton for this platform")
+def test_the_kernel_keeps_the_same_of_equal_logits():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logits = torch.full([96, 300], -torch.inf, device=device)
+    logits[:, 8::37] = 3.0   # 8 of them, in two blocks
+    logits[48:, 100] = 50.0
+    params = [SamplingParams(temperature=10.0 if b < 48 else 1e6, top_k=(b % 6 < 4) * (b % 8 + 1),
+                             top_p=(1.0, b % 8 / 8 + 0.125, 0.5)[b % 3]) for b in range(96)]
+    rows = params, [7] * 96, list(range(96))
+    assert sampling.sample_triton(logits, *rows) == sampling.sample_torch(logits, *rows)
+
+
+@pytest.mark.parametrize("choose_tokens", [sampling.sample_torch] + [sampling.sample_triton] * HAS_TRITON)
+def test_a_row_whose_largest_logit_is_not_finite_has_no_token(choose_tokens):
+    logits = random_logits(8, 300).to("cuda" if torch.cuda.is_available() else "cpu")
+    logits[0, 299], logits[1, 0], logits[2], logits[3, 7] = torch.nan, torch.inf, -torch.inf, torch.nan
+    logits[5, 1:], logits[6, :299] = -torch.inf, -torch.inf
+    params = [SamplingParams(temperature=b % 2, top_k=b % 4) for b in range(8)]
+    tokens = choose_tokens(logits, params, [1] * 8, [1] * 8)
+    assert tokens[:4] == [-1] * 4 and tokens[5:7] == [0, 299] and min(tokens[4], tokens[7]) >= 0
 
 
 @pytest.mark.skipif(not HAS_TRITON or sys.platform != "linux", reason="compiles for NVIDIA's GPUs")
