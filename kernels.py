@@ -94,8 +94,8 @@ def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
     the pool, are one view [K, keys, D]. Other keys are gathered first. Short decodes share a call.
     """
     (_, H, D), K = q_THD.shape, len(k_KNSD)
-    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-    for call in batch.once(("torch", window), lambda: plan_torch(batch, H, k_KNSD, window)):
+
+    def attend(call: Call) -> Tensor:
         k_BKTD, v_BKTD = call.read(k_KNSD), call.read(v_KNSD)
         q_TKGD = q_THD[call.rows].view(-1, K, H // K, D)
         if call.decodes:    # B requests of one token: the G query heads that share a KV head are its rows
@@ -104,7 +104,14 @@ def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
             k_KGTD, v_KGTD = (x.transpose(0, 1).expand(-1, H // K, -1, -1) for x in (k_BKTD, v_BKTD))
             o_TKGD = scaled_dot_product_attention(q_TKGD.permute(1, 2, 0, 3), k_KGTD, v_KGTD, call.mask, scale=scale,
                                                   is_causal=call.mask is None).permute(2, 0, 1, 3)
-        out_THD.view(-1, K, H // K, D)[call.rows] = o_TKGD
+        return o_TKGD.flatten(1, 2)
+
+    calls = batch.once(("torch", window), lambda: plan_torch(batch, H, k_KNSD, window))
+    if len(calls) == 1:
+        return attend(calls[0])
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    for call in calls:
+        out_THD[call.rows] = attend(call)
     return out_THD
 
 

@@ -142,12 +142,9 @@ def sample(logits_BV: Tensor, params: list[SamplingParams], keys: list[int], pos
 def sample_torch(logits_BV: Tensor, params: list[SamplingParams], keys: list[int], positions: list[int]) -> list[int]:
     """`sample` on any device. N is blocks of L = BLOCK tokens, R the rows that are still to be drawn."""
     (B, V), device = logits_BV.shape, logits_BV.device
-    best_B, tokens = logits_BV.amax(-1), [-1] * B
-    finite = best_B.isfinite()
-    if not all(p.temperature for p in params):
-        tokens = logits_BV.argmax(-1).where(finite, -1).tolist()
-    rows = [Row(b, V, p, keys[b], positions[b])
-            for b, (p, fine) in enumerate(zip(params, finite.tolist())) if fine and p.temperature]
+    best_B, likely_B = logits_BV.max(-1)
+    tokens = [i if math.isfinite(best) else -1 for i, best in zip(likely_B.tolist(), best_B.tolist())]
+    rows = [Row(b, V, p, keys[b], positions[b]) for b, p in enumerate(params) if p.temperature and tokens[b] >= 0]
     if not rows:
         return tokens
 
