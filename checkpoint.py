@@ -360,8 +360,11 @@ def to_our_layout(stored: Tensor, name: str, c: Config) -> Tensor:
 
 def make_parts(c: Config, device: torch.device, dtype: torch.dtype,
                read: Callable[[str, tuple[int, ...]], Tensor]) -> dict[str, list[Part]]:
-    """Every part by its name, one entry per layer (or one). `read` gives the stored tensor of a name and shape. One part
-    is made at a time, and of what is packed the plain form is let go: beside the model, memory holds a part or two."""
+    """Every part by its name, one entry per layer (or one). `read` gives the stored tensor of a name and shape.
+
+    One part is made at a time, and of what is packed the plain form is let go: beside the model, memory holds a part
+    or two.
+    """
     def stack(tensors: list[Stored]) -> Tensor:
         pieces = [to_our_layout(read(*tensor), tensor[0], c) for tensor in tensors]
         whole = torch.empty(sum(map(len, pieces)), *pieces[0].shape[1:], dtype=dtype, device=device)

@@ -229,8 +229,8 @@ def _start(ROWS: tl.constexpr, D_PAD: tl.constexpr):
 
 @jit
 def _bias(s_RT, scale, head, distance):
-    """The scores with what is added to them: here nothing (see `bias`). Their factor `scale`, which holds log2(e), comes
-    later, so ALiBi with 8 heads is `s_RT - tl.exp2(-1.0 - head) * distance * 1.4426950408889634 / scale`."""
+    """The scores with what is added to them: here nothing (see `bias`). Their factor `scale`, which has log2(e) in it,
+    comes later, so ALiBi with 8 heads is `s_RT - tl.exp2(-1.0 - head) * distance * 1.4426950408889634 / scale`."""
     return s_RT
 
 

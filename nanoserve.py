@@ -335,8 +335,8 @@ class LLM:
         if num_blocks is None:
             num_blocks = max(1, min(full * max_seqs, share // block_bytes))
         if num_blocks * block_bytes > most:
-            raise ValueError(f"{num_blocks} blocks of {block_size} tokens need {num_blocks * block_bytes / 1e9:.1f} GB, "
-                             f"and {self.device} has {most / 1e9:.1f} GB: at most {most // block_bytes} blocks fit")
+            raise ValueError(f"{num_blocks} blocks of {block_size} tokens need {num_blocks * block_bytes / 1e9:.1f} GB,"
+                             f" and {self.device} has {most / 1e9:.1f} GB: at most {most // block_bytes} blocks fit")
         tables, width = max_seqs + 1, min(num_blocks, full)   # a table more, for `logits`
         if tables * width * 8 > most // 8:
             raise ValueError(f"block tables for {max_seqs} requests of {width} blocks need {tables * width / 125e6:.1f}"
