@@ -1,4 +1,4 @@
-"""Which token: a pure function of logits, key and position. (Imports no other room; a first reading may skip it.)
+"""Which token: a pure function of logits, key and position. (A first reading may skip this file.)
 
 The exponential race. Give token i the waiting time E_i / w_i, where w_i = exp(logit_i / temperature) and the E_i are
 independent exponential numbers. The shortest time is that of token i with probability w_i / (w_1 + ... + w_V), so the

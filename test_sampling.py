@@ -202,8 +202,8 @@ def test_sample_i_of_a_seed_has_the_noise_of_seed_plus_i():
     assert len({noise_key(None, i) for i in range(100)}) == 100
 
 
-def test_the_noise_of_a_release_is_that_of_the_next():
-    """The sequence is splitmix64: its first numbers from the state 1234567, as its authors' program prints them."""
+def test_the_noise_is_splitmix64():
+    """Its first numbers from the state 1234567: a seed must mean the same in the next release."""
     states = [(1234567 + (i + 1) * sampling.GOLDEN) % 2 ** 64 for i in range(3)]
     assert [sampling.mix(z) for z in states] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
     numbers = exponentials(torch.tensor([1234567]), 0, 4)[0, 1:]
@@ -271,23 +271,21 @@ def test_what_top_p_is_a_part_of_is_the_weight_of_the_first_k(k, p):
         assert row.keeps(count, weights[:count].sum(), batch.view(2, -1, BLOCK)) == (count < n), (count, n)
 
 
-def rows_of(logits_BV: torch.Tensor, params: list[SamplingParams]) -> list:
-    """The rows as `sample_torch` sees them when it begins to draw."""
-    seen, race = [], sampling.race
-    class Seen(Exception):
-        pass
-    def look(weights, sums, start, draw):
-        raise Seen
-    with pytest.MonkeyPatch.context() as patch:
-        class Remembered(sampling.Row):
-            def __init__(self, *arguments):
-                super().__init__(*arguments)
-                seen.append(self)
-        patch.setattr(sampling, "Row", Remembered)
-        patch.setattr(sampling, "race", look)
-        with pytest.raises(Seen):
-            sampling.sample_torch(logits_BV, params, [1] * len(params), [1] * len(params))
-    assert race is sampling.race
+def rows_of(logits_BV: torch.Tensor, params: list[SamplingParams]) -> list[sampling.Row]:
+    """The rows as `sample_torch` knows them when it begins to draw."""
+    seen, make, drawing = [], sampling.Row.__init__, RuntimeError("it begins to draw")
+
+    def remember(row, *arguments):
+        make(row, *arguments)
+        seen.append(row)
+
+    def stop(*arguments):
+        raise drawing
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match=str(drawing)):
+        patch.setattr(sampling.Row, "__init__", remember)
+        patch.setattr(sampling, "race", stop)
+        sampling.sample_torch(logits_BV, params, [1] * len(params), [1] * len(params))
     return seen
 
 
@@ -328,7 +326,8 @@ def test_a_guess_that_is_wrong_leaves_the_row_whole(k):
 
 params_strategy = st.builds(
     SamplingParams, temperature=st.sampled_from([0.0, 1e-300, 1e-6, 0.3, 0.8, 1.0, 2.0, 1e6]),
-    top_k=st.sampled_from([0, 0, 1, 2, 5, 50, 300, 520, 10 ** 9]), top_p=st.sampled_from([1.0, 1.0, 1e-9, 0.3, 0.9, 0.999]))
+    top_k=st.sampled_from([0, 0, 1, 2, 5, 50, 300, 520, 10 ** 9]),
+    top_p=st.sampled_from([1.0, 1.0, 1e-9, 0.3, 0.9, 0.999]))
 batches = st.lists(st.tuples(params_strategy, st.integers(0, 2 ** 70), st.integers(0, 5000)), min_size=1, max_size=9)
 
 
@@ -366,7 +365,8 @@ def test_a_row_has_the_same_token_alone_and_in_any_company(rows, V, seed, data):
             assert 0 <= token < V and logits[b, token] > -torch.inf
 
 
-@given(V=st.sampled_from([3, 200, 256, 300]), more=st.integers(1, 600), p=st.sampled_from([1.0, 0.8]), key=st.integers(0, 99))
+@given(V=st.sampled_from([3, 200, 256, 300]), more=st.integers(1, 600), p=st.sampled_from([1.0, 0.8]),
+       key=st.integers(0, 99))
 def test_a_vocabulary_that_is_padded_has_the_same_noise(V, more, p, key):
     logits, params = random_logits(20, V, seed=key), [SamplingParams(temperature=1.0, top_p=p)] * 20
     padded = torch.nn.functional.pad(logits, (0, more), value=-torch.inf)
@@ -446,7 +446,8 @@ def test_the_kernel_draws_the_same_tokens(rows, V, seed, dtype):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton for this platform")
-@pytest.mark.parametrize("options", [dict(top_k=700, top_p=0.9), dict(top_k=40), dict(top_p=0.2), dict(top_k=40, top_p=0.7)])
+@pytest.mark.parametrize("options", [
+    dict(top_k=700, top_p=0.9), dict(top_k=40), dict(top_p=0.2), dict(top_k=40, top_p=0.7)])
 def test_the_kernel_rejects_and_draws_again_as_often(options):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     logits = random_logits(12, 1100, scale=0.55).to(device)
@@ -496,8 +497,10 @@ for sm in (80, 90, 100):
 
 @pytest.mark.parametrize("name, value, must", [
     ("max_tokens", 0, "a whole number, 1 or more"), ("max_tokens", True, "a whole number, 1 or more"),
-    ("temperature", -0.1, "a number from 0 (greedy) to a million"), ("temperature", math.nan, "a number from 0 (greedy) to a million"),
-    ("temperature", 1e7, "a number from 0 (greedy) to a million"), ("temperature", "1", "a number from 0 (greedy) to a million"),
+    ("temperature", -0.1, "a number from 0 (greedy) to a million"),
+    ("temperature", math.nan, "a number from 0 (greedy) to a million"),
+    ("temperature", 1e7, "a number from 0 (greedy) to a million"),
+    ("temperature", "1", "a number from 0 (greedy) to a million"),
     ("top_k", -1, "a whole number, 0 (off) to 2147483647"), ("top_k", 2 ** 31, "a whole number, 0 (off) to 2147483647"),
     ("top_p", 0, "a number above 0 and at most 1"), ("top_p", 1.01, "a number above 0 and at most 1"),
     ("seed", -1, "None or a whole number from 0 on"), ("seed", 0.5, "None or a whole number from 0 on"),
@@ -516,13 +519,15 @@ def test_stops_that_make_no_sense_are_refused(stop):
 
 def test_params_take_what_numpy_counts_with():
     params = SamplingParams(max_tokens=np.int64(3), seed=np.int64(1), top_p=np.float32(0.5), n=np.int32(2), stop="ab")
-    assert params.stop == ("ab",) and SamplingParams(stop=["a", "b"]).stop == ("a", "b") and SamplingParams(stop=None).stop == ()
+    assert params.stop == ("ab",) and SamplingParams(stop=None).stop == ()
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
 
 
 def request(tokens: list[int], new: int = 1, key: int = 1, **options) -> SimpleNamespace:
     class Request(SimpleNamespace):
         __hash__ = object.__hash__
-    return Request(params=SamplingParams(**options), tokens=tokens, key=key, output=SimpleNamespace(token_ids=tokens[-new:]))
+    output = SimpleNamespace(token_ids=tokens[-new:])
+    return Request(params=SamplingParams(**options), tokens=tokens, key=key, output=output)
 
 
 def test_choose_takes_the_noise_of_the_position_to_come():
@@ -565,7 +570,8 @@ def test_a_logits_processor_sees_its_own_copy_and_harms_nobody_else():
         None, None, "logits_processor: KeyError: 'mine'",
         "logits_processor: ValueError: it gave tensor([0., 1.]) and not logits of shape [4]", "logits_processor: Mute",
         "logits_processor: ValueError: it left no token to choose: the largest logit must be a finite number",
-        "the model's logits are not finite: its weights are damaged, or its dtype is too small, so try float32 or bfloat16"]
+        "the model's logits are not finite: its weights are damaged, "
+        "or its dtype is too small, so try float32 or bfloat16"]
     assert describe(Mute()) == "Mute"
 
 
