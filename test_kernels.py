@@ -194,10 +194,12 @@ def test_kernel_with_a_window_at_every_offset_to_the_tiles(poisoned, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layers_with_windows_of_their_own_share_a_step(poisoned, backend):
     """What the first layer worked out for its window does not serve the next layer's."""
-    requests, batch = [(1, 200), (1, 3), (1, 90), (50, 100), (5, 0)], None
-    for window in (None, 7, 150, 40, None, 7):
-        worst, batch = attend(backend, requests, window, batch=batch)
-        assert worst < 1e-5, window
+    requests = [(1, 200), (1, 3), (1, 90), (50, 100), (5, 0)]
+    for windows in ((None, 7, 150, 40), (7, None, 40, 150, 7)):   # the first layer sees all keys, or the fewest
+        batch = None
+        for window in windows:
+            worst, batch = attend(backend, requests, window, batch=batch)
+            assert worst < 1e-5, window
 
 
 @settings(max_examples=200)
