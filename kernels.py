@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from batch import Batch, Chunk, make_batch
+from batch import Batch, Chunk, make_batch   # noqa: F401, forks import them from here
 from device import jit, load_triton
 
 LOG2E = 1.4426950408889634   # exp(x) = exp2(x * LOG2E), and exp2 is one instruction
@@ -190,9 +190,8 @@ def plan_call(batch: Batch, H: int, k_KNSD: Tensor, requests: list[int], window:
     mask = torch.where(seen, bias(heads, distance) if bias else 0.0, -torch.inf).to(k_KNSD.dtype)
     if slots:
         return Call(rows, decodes, slots, mask)
-    lens_B = torch.tensor([batch.lens[b] for b in requests], device=device)
-    tables_BM = batch.block_tables_UM[[batch.chunks[b].row for b in requests], :-(-max(batch.lens) // S)]
-    keys_BT = keys_BT.minimum(lens_B[:, None] - 1)
+    keys_BT = keys_BT.minimum(batch.kv_lens[requests, None] - 1)
+    tables_BM = batch.block_tables_UM[batch.table_rows[requests], :-(-max(batch.lens[b] for b in requests) // S)]
     slots_BT = tables_BM.gather(1, keys_BT // S) * S + keys_BT % S
     return Call(rows, decodes, slots_BT[:, None] + torch.arange(0, K * N * S, N * S, device=device)[:, None], mask)
 

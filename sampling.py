@@ -141,7 +141,7 @@ def sample(logits_BV: Tensor, params: list[SamplingParams], keys: list[int], pos
 
 def sample_torch(logits_BV: Tensor, params: list[SamplingParams], keys: list[int], positions: list[int]) -> list[int]:
     """`sample` on any device. N is blocks of L = BLOCK tokens, R the rows that are still to be drawn."""
-    (B, V), device = logits_BV.shape, logits_BV.device
+    V, device = logits_BV.shape[1], logits_BV.device
     best_B, likely_B = logits_BV.max(-1)
     tokens = [i if math.isfinite(best) else -1 for i, best in zip(likely_B.tolist(), best_B.tolist())]
     rows = [Row(b, V, p, keys[b], positions[b]) for b, p in enumerate(params) if p.temperature and tokens[b] >= 0]

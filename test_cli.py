@@ -22,7 +22,6 @@ import kernels
 import model
 import nanoserve
 import paged_kv
-import roofline
 from nanoserve import LLM, SamplingParams
 from reference import NEW, plain
 from test_tokenizer import SAMPLE

@@ -8,11 +8,9 @@ Each test reads like the sentence that it proves, and compares with something co
 own file of tests; reference.py is what they compare with.
 """
 
-import json
 import math
 import os
 import random
-import re
 import signal
 import sys
 import time
