@@ -41,7 +41,8 @@ from torch import Tensor
 
 from device import jit, load_triton, single_thread
 
-BLOCK = 256           # tokens in a block, whatever V is: models whose vocabularies are padded differently hold one race
+BLOCK = 128           # tokens in a block, whatever V is: models whose vocabularies are padded differently hold one race
+SPARE = 16            # blocks beyond those that have the first k tokens, for logits that are equal
 GROUP = 16            # logits per group, see `guess_floors`
 SINGLE_THREAD = 1 << 17   # logits: with fewer, a second thread mostly waits
 GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB   # the constants of splitmix64
@@ -140,54 +141,96 @@ def sample(logits_BV: Tensor, params: list[SamplingParams], keys: list[int], pos
 
 
 def sample_torch(logits_BV: Tensor, params: list[SamplingParams], keys: list[int], positions: list[int]) -> list[int]:
-    """`sample` on any device. N is blocks of L = BLOCK tokens, R the rows that are still to be drawn."""
+    """`sample` on any device. R is the rows that are still to be drawn, W the tokens they are drawn from, and N the
+    blocks of L = BLOCK that these fill."""
     V, device = logits_BV.shape[1], logits_BV.device
-    best_B, likely_B = logits_BV.max(-1)
-    tokens = [i if math.isfinite(best) else -1 for i, best in zip(likely_B.tolist(), best_B.tolist())]
-    rows = [Row(b, V, p, keys[b], positions[b]) for b, p in enumerate(params) if p.temperature and tokens[b] >= 0]
+    if all(p.temperature for p in params):
+        bests, tokens = logits_BV.amax(-1).tolist(), [-1] * len(params)   # a tenth of the time of max, which says where
+    else:
+        best_B, likely_B = logits_BV.max(-1)
+        bests, tokens = best_B.tolist(), likely_B.tolist()
+    tokens = [token if math.isfinite(best) else -1 for token, best in zip(tokens, bests)]
+    rows = [Row(b, V, p, keys[b], positions[b], best)
+            for b, (p, best) in enumerate(zip(params, bests)) if p.temperature and math.isfinite(best)]
     if not rows:
         return tokens
 
-    logits_BNL = in_blocks(logits_BV)
-    logits_RNL, best_R = take([row.b for row in rows], logits_BNL, best_B.float())
+    (logits_RW,) = take([row.b for row in rows], logits_BV)
+    logits_RW, blocks_RN, floor_R = narrow(logits_RW, [row.k for row in rows])
+    R, W = logits_RW.shape
     start_R = torch.tensor([row.start for row in rows], device=device)
-    temperature_R = torch.tensor([row.temperature for row in rows], dtype=torch.float32, device=device)
-    scaled_RNL = torch.sub(logits_RNL, best_R[:, None, None]).div_(temperature_R[:, None, None])
-    weights_RNL = scaled_RNL.flatten(1).softmax(-1).view_as(scaled_RNL)   # twice as fast as exp
-    unit_R = weights_RNL.amax((1, 2))   # what the best logit weighs
-    cut, mask_RNL = any(row.k or row.p < 1 for row in rows), torch.empty_like(logits_RNL)
-    if any(row.k for row in rows):   # about the first k, or more
-        floor_R = guess_floors(logits_RNL.flatten(1), [row.k for row in rows])
-        inside_RNL = torch.ge(logits_RNL, floor_R[:, None, None], out=mask_RNL)
-        for r, (row, floor, size) in enumerate(zip(rows, floor_R.tolist(), inside_RNL.sum((1, 2)).tolist())):
+    best_R1, temperature_R1 = torch.tensor([[[row.best] for row in rows], [[row.temperature] for row in rows]],
+                                           dtype=torch.float32, device=device)
+    scaled_RW = torch.empty(R, W + -W % BLOCK, device=device)   # whole blocks
+    scaled_RW[:, W:] = -torch.inf
+    torch.sub(logits_RW, best_R1, out=scaled_RW[:, :W])
+    weights_RW = scaled_RW.div_(temperature_R1).softmax(-1)   # twice as fast as exp
+    weights_RNL, weights_RW = weights_RW.view(R, -1, BLOCK), weights_RW[:, :W]
+    cut, mask_RW = any(row.k or row.p < 1 for row in rows), scaled_RW[:, :W]   # memory that was just used is fast
+    if floor_R is not None:   # the first k, and perhaps more
+        units = weights_RW.amax(-1).tolist()   # what the best logit weighs
+        inside_RW = torch.ge(logits_RW, floor_R[:, None], out=mask_RW)
+        sizes = inside_RW.sum(-1).tolist()
+        for r, (row, floor, size, row.unit) in enumerate(zip(rows, floor_R.tolist(), sizes, units)):
             if size >= row.k:
                 row.floor, row.size = floor, size
             else:
-                inside_RNL[r] = 1.0
-        weights_RNL *= inside_RNL
+                inside_RW[r] = 1.0
+        weights_RW *= inside_RW
     sums_RN = weights_RNL.sum(-1)
-    for row, total, best, unit in zip(rows, total_of(sums_RN), best_R.tolist(), unit_R.tolist()):
-        row.total, row.best, row.unit = total, best, unit
+    for row, total in zip(rows, total_of(sums_RN)):
+        row.total = total
 
     for draw in itertools.count():
-        block_R, lane_R = race(weights_RNL, sums_RN, start_R, draw)
-        drawn = (block_R * BLOCK + lane_R).tolist()
+        place_R, token_R = race(weights_RNL, sums_RN, blocks_RN, exponentials(start_R, draw, BLOCK + -(-V // BLOCK)))
         counts = masses = itertools.repeat(0)
         if cut:
-            before_RNL = predecessors(logits_RNL, block_R, lane_R, out=mask_RNL[:len(rows)])
-            weights_RNL *= before_RNL
+            before_RW = predecessors(logits_RW, place_R.tolist(), out=mask_RW)
+            weights_RW *= before_RW
             sums_RN = weights_RNL.sum(-1)
-            counts, masses = before_RNL.sum((1, 2)).tolist(), total_of(sums_RN)
+            counts, masses = before_RW.sum(-1).tolist(), total_of(sums_RN)
         again = []
-        for r, (row, token, count, mass) in enumerate(zip(rows, drawn, counts, masses)):
-            if row.keeps(count, mass, logits_BNL):
+        for r, (row, token, count, mass) in enumerate(zip(rows, token_R.tolist(), counts, masses)):
+            if row.keeps(count, mass, logits_BV):
                 tokens[row.b] = token
             else:
                 again.append(r)
         if not again:
             return tokens
         rows = [rows[r] for r in again]
-        logits_RNL, weights_RNL, sums_RN, start_R = take(again, logits_RNL, weights_RNL, sums_RN, start_R)
+        logits_RW, weights_RNL, sums_RN, blocks_RN, start_R = take(
+            again, logits_RW, weights_RNL, sums_RN, blocks_RN, start_R)
+        weights_RW, mask_RW = weights_RNL.flatten(1)[:, :W], mask_RW[:len(again)]
+
+
+def narrow(logits_RW: Tensor, ks: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The logits that matter to these top-k, in which blocks they are, and `guess_floors` (None: there is no top-k)."""
+    R, V = logits_RW.shape
+    all_RN = torch.arange(-(-V // BLOCK), device=logits_RW.device).expand(R, -1)
+    most = max(k or V for k in ks)
+    if not few(most, V):
+        return logits_RW, all_RN, guess_floors(logits_RW, ks, V) if any(ks) else None
+    some_RW, some_RN, least_R = best_blocks(logits_RW, most + SPARE)
+    floor_R = guess_floors(some_RW, ks, V)
+    if (least_R < floor_R).all():
+        return some_RW, some_RN, floor_R
+    return logits_RW, all_RN, floor_R   # so many equal the k-th largest that some may be in other blocks
+
+
+def few(k: int, V: int) -> bool:
+    """Whether half of the blocks, or fewer, are sure to have the first k tokens."""
+    return 0 < k and k + SPARE <= V // (2 * BLOCK)
+
+
+def best_blocks(logits_RW: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's n blocks with the largest maxima, which have its n largest logits: their logits [R, n L], which they
+    are [R, n], and the smallest of their maxima [R], than which no logit elsewhere is larger."""
+    logits_RNL = in_blocks(logits_RW)
+    R, N, L = logits_RNL.shape
+    best = logits_RNL.amax(-1).topk(n, sorted=False)
+    blocks_Rn = best.indices.sort().values
+    index = torch.arange(0, R * N, N, device=logits_RNL.device)[:, None] + blocks_Rn
+    return logits_RNL.flatten(0, 1).index_select(0, index.flatten()).view(R, n * L), blocks_Rn, best.values.amin(-1)
 
 
 def in_blocks(logits_BV: Tensor) -> Tensor:
@@ -215,12 +258,12 @@ def take(rows: list[int], *tensors: Tensor) -> list[Tensor]:
 class Row:
     """What one row asks for, as numbers: which tokens it keeps, and where its noise begins."""
 
-    def __init__(self, b: int, V: int, params: SamplingParams, key: int, position: int):
+    def __init__(self, b: int, V: int, params: SamplingParams, key: int, position: int, best: float = 0.0):
         self.b, self.p, self.k = b, params.top_p, params.top_k if params.top_k < V else 0   # 0: all
         self.temperature = max(params.temperature, COLDEST)
         self.start = stream(key, position)
         # So many tokens are drawn from at first; below none of their logits; their weight; the best logit, its weight.
-        self.size, self.floor, self.total, self.best, self.unit = V, -math.inf, 0.0, 0.0, 1.0
+        self.size, self.floor, self.total, self.best, self.unit = V, -math.inf, 0.0, best, 1.0
 
     def bounds(self, count: int, mass: float) -> tuple[float, float]:
         """At least and at most what the first k weigh, if so many tokens of so much weight come before one of them. Of
@@ -231,7 +274,7 @@ class Row:
         smallest = self.unit * math.exp((self.floor - self.best) / self.temperature)
         return mass + (self.total - mass) * share, self.total - (self.size - self.k) * smallest
 
-    def keeps(self, count: int, mass: float, logits_BNL: Tensor) -> bool:
+    def keeps(self, count: int, mass: float, logits_BV: Tensor) -> bool:
         """Whether a token is kept that has so many tokens, of so much weight, before it."""
         if self.k and count >= self.k:
             return False
@@ -239,54 +282,52 @@ class Row:
         if self.p == 1 or mass < self.p * least:
             return True
         if mass < self.p * most:   # seldom: then it must be known
-            logits_K = logits_BNL[self.b].flatten().topk(self.k).values
+            logits_K = logits_BV[self.b].float().topk(self.k).values
             self.total = self.unit * ((logits_K - self.best) / self.temperature).double().exp().sum().item()
             self.size = self.k
             return mass < self.p * self.total
         return False
 
 
-def race(weights_RNL: Tensor, sums_RN: Tensor, start_R: Tensor, draw: int) -> tuple[Tensor, Tensor]:
-    """Which block wins each row, and which token of the block. The waiting time of weight 0 is infinite."""
-    times = exponentials(start_R, draw, BLOCK + sums_RN.shape[1])   # those of tokens, then those of blocks
-    block_R = (times[:, BLOCK:] / sums_RN).argmin(-1)
-    weights_RL = weights_RNL[torch.arange(len(block_R), device=block_R.device), block_R]
-    return block_R, (times[:, :BLOCK] / weights_RL).argmin(-1)
+def race(weights_RNL: Tensor, sums_RN: Tensor, blocks_RN: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Who wins each row: its place among the row's tokens, and its id. times: those of a block's tokens, then those of
+    blocks. The waiting time of weight 0 is infinite."""
+    each_R = torch.arange(len(times), device=times.device)
+    n_R = (times[:, BLOCK:].gather(1, blocks_RN) / sums_RN).argmin(-1)
+    l_R = (times[:, :BLOCK] / weights_RNL[each_R, n_R]).argmin(-1)
+    return n_R * BLOCK + l_R, blocks_RN[each_R, n_R] * BLOCK + l_R
 
 
-def predecessors(logits_RNL: Tensor, block_R: Tensor, lane_R: Tensor, out: Tensor) -> Tensor:
-    """1.0 for tokens that come before token (block, lane) of their row: larger logits, equal ones with a lower id.
+def predecessors(logits_RW: Tensor, places: list[int], out: Tensor) -> Tensor:
+    """1.0 for tokens that come before the one at this place of their row: larger logits, equal ones on the left of it.
     (Comparisons into floats are vectorised, products with them are, too; masks and `where` take ten times as long.)"""
-    R, N, L = logits_RNL.shape
-    each_R, n_N, l_L = (torch.arange(n, device=logits_RNL.device) for n in (R, N, L))
-    own_RL = logits_RNL[each_R, block_R]
-    pivot_R1 = own_RL.gather(1, lane_R[:, None])
-    below_R1 = pivot_R1.nextafter(torch.full_like(pivot_R1, -torch.inf))   # x > below is x >= pivot
-    bar_RN = torch.where(n_N < block_R[:, None], below_R1, pivot_R1)
-    before_RNL = torch.gt(logits_RNL, bar_RN[:, :, None], out=out)
-    before_RNL[each_R, block_R] = torch.gt(own_RL, torch.where(l_L < lane_R[:, None], below_R1, pivot_R1)).float()
-    return before_RNL
+    for logits_W, place, before_W in zip(logits_RW, places, out):
+        torch.ge(logits_W[:place], logits_W[place], out=before_W[:place])
+        torch.gt(logits_W[place:], logits_W[place], out=before_W[place:])
+    return out
 
 
-def guess_floors(logits_BV: Tensor, ks: list[int]) -> Tensor:
-    """Logits [B] that k tokens of the row, and few more, are at or above; -inf where k is 0. It is a guess and need not
-    be right: it saves draws. V is a multiple of GROUP.
+def guess_floors(logits_RW: Tensor, ks: list[int], V: int) -> Tensor:
+    """Logits [R] that k tokens of the row, and few more, are at or above; -inf where k is 0. It is a guess and need not
+    be right: it saves draws.
 
-    Small vocabulary: the k-th largest of all. Small k: the k-th largest of the maxima of V / GROUP groups (more are
-    above it only where groups have two). Large k: of every GROUP-th logit the one with such a rank that it is hardly
-    ever above the k-th largest of the row, two standard deviations and two beyond the rank that is expected.
+    Few: the k-th largest of the best blocks, which is the row's. More: the k-th largest of the maxima of V / GROUP
+    groups (more are above it only where groups have two). Many: of every GROUP-th logit the one with such a rank that
+    it is hardly ever above the k-th largest, two standard deviations and two beyond the rank that is expected.
     """
-    V, floor_B = logits_BV.shape[1], torch.full([len(ks)], -torch.inf, device=logits_BV.device)
-    group = GROUP if V > 1 << 13 else 1
+    floor_R = torch.full([len(ks)], -torch.inf, device=logits_RW.device)
     for k in set(ks) - {0}:
-        rows = [b for b, k_of_row in enumerate(ks) if k_of_row == k]
-        (some_RM,), rank = take(rows, logits_BV), k
-        if group == 1 or k <= V // (4 * GROUP):
-            some_RM = some_RM.view(len(rows), group, -1).amax(1)
-        else:
-            some_RM, rank = some_RM[:, ::GROUP], math.ceil(k / GROUP + 2 * math.sqrt(k / GROUP) + 2)
-        floor_B[rows] = some_RM.topk(min(rank, some_RM.shape[1])).values[:, -1]
-    return floor_B
+        rows = [r for r, k_of_row in enumerate(ks) if k_of_row == k]
+        (some_RM,), rank = take(rows, logits_RW), k
+        if few(k, V):
+            if some_RM.shape[1] >= V:
+                some_RM, _, _ = best_blocks(some_RM, k)
+        elif V > 1 << 13 and k <= V // (4 * GROUP):
+            some_RM = some_RM[:, :V - V % GROUP].unflatten(1, (GROUP, -1)).amax(1)
+        elif V > 1 << 13:
+            some_RM, rank = some_RM[:, ::GROUP].contiguous(), math.ceil(k / GROUP + 2 * math.sqrt(k / GROUP) + 2)
+        floor_R[rows] = some_RM.topk(min(rank, some_RM.shape[1]), sorted=False).values.amin(-1).float()
+    return floor_R
 
 
 # ---------------------------------------------------------------------------------------------
@@ -345,7 +386,7 @@ def sample_triton(logits_BV: Tensor, params: list[SamplingParams], keys: list[in
                            dtype=torch.float64).to(device, non_blocking=True)
     floor_B = tokens_B = torch.empty(B, dtype=torch.int64, device=device)
     if any(row.k for row in rows):
-        floor_B = guess_floors(in_blocks(logits_BV).flatten(1), [row.k for row in rows])
+        floor_B = guess_floors(logits_BV, [row.k for row in rows], V)
     _sample_kernel[(B,)](logits_BV, floor_B, whole_B2, real_B2, tokens_B, V, V, BLOCK=BLOCK, BLOCKS=8, num_warps=8)
     return tokens_B.tolist()
 

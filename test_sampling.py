@@ -112,12 +112,12 @@ def test_unlikely_tokens_are_as_frequent_as_they_should_be():
     assert len(set(tokens)) > 100   # and not always the same ones
 
 
-@pytest.mark.parametrize("V, rare", [(256, 9), (600, 0), (600, 599)])
+@pytest.mark.parametrize("V, rare", [(128, 9), (600, 0), (600, 599)])
 def test_a_token_wins_exactly_when_its_time_is_the_shortest(V, rare):
     """Down to probabilities of 1e-9: the weight that a token needs to win is known to 5 digits."""
     params, common = SamplingParams(temperature=1.0), 5 if rare // BLOCK else V - 1
     for position in range(40):
-        times = exponentials(torch.tensor([stream(1, position)]), 0, BLOCK + 3)[0].tolist()
+        times = exponentials(torch.tensor([stream(1, position)]), 0, BLOCK + 5)[0].tolist()
         # Two tokens, in two blocks or in one. What is rarer than this pair of numbers is made rarer by the other block.
         a, b = ((BLOCK + rare // BLOCK, BLOCK + common // BLOCK) if V > BLOCK else (rare, common))
         needed = times[a] / times[b]
@@ -268,7 +268,7 @@ def test_what_top_p_is_a_part_of_is_the_weight_of_the_first_k(k, p):
     row = rows_of(batch, [params] * 2)[1]
     weights = row.unit * np.exp((logits.double().numpy() - logits.max().item()))[order]
     for count in {max(n - 2, 0), n - 1, n, n + 1, k // 2, k - 1, k, k + 3}:
-        assert row.keeps(count, weights[:count].sum(), batch.view(2, -1, BLOCK)) == (count < n), (count, n)
+        assert row.keeps(count, weights[:count].sum(), batch) == (count < n), (count, n)
 
 
 def rows_of(logits_BV: torch.Tensor, params: list[SamplingParams]) -> list[sampling.Row]:
@@ -294,10 +294,10 @@ def test_the_guess_leaves_little_more_than_the_first_k(scale):
     """Else a draw is rejected again and again, which takes time."""
     ks = [1, 20, 50, 256, 257, 1000, 5000, 12_000]
     logits = random_logits(len(ks), 16_384, scale=scale)
-    floors = guess_floors(logits, ks)
+    floors = guess_floors(logits, ks, 16_384)
     sizes = (logits >= floors[:, None]).sum(1).tolist()
     assert all(k <= size <= 1.6 * k + 5 for k, size in zip(ks, sizes)), sizes
-    assert guess_floors(logits[:2], [0, 5])[0] == -torch.inf
+    assert guess_floors(logits[:2], [0, 5], 16_384)[0] == -torch.inf
     rows = rows_of(logits, [SamplingParams(temperature=1.0, top_k=k, top_p=0.9) for k in ks])
     assert [row.size for row in rows] == sizes
     for row, k in zip(rows, ks):   # and with it, what is known of the weight of the first k
