@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from linear import DTYPES, Part, pack
+from linear import DTYPES, Part, pack, quantize
 
 
 # ---------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def to_our_layout(stored: Tensor, name: str, c: Config) -> Tensor:
 
 
 def make_parts(c: Config, device: torch.device, dtype: torch.dtype,
-               read: Callable[[str, tuple[int, ...]], Tensor]) -> dict[str, list[Part]]:
+               read: Callable[[str, tuple[int, ...]], Tensor], quantization: str | None = None) -> dict[str, list[Part]]:
     """Every part by its name, one entry per layer (or one). `read` gives the stored tensor of a name and shape.
 
     One part is made at a time, and of what is packed the plain form is let go: beside the model, memory holds a part
@@ -376,14 +376,16 @@ def make_parts(c: Config, device: torch.device, dtype: torch.dtype,
     for name, weights, biases in plan_parts(c):
         part = Part(stack(weights), stack(biases) if biases else None)
         if name in MULTIPLIED:
-            part = pack(part)
+            part = pack(quantize(part, quantization) if quantization else part)
         parts.setdefault(name, []).append(part)
     if c.tied:   # the embedding stays as it is: the model takes rows of it
-        parts["head"] = [pack(Part(parts["embedding"][0].weight))]
+        head = Part(parts["embedding"][0].weight)
+        parts["head"] = [pack(quantize(head, quantization) if quantization else head)]
     return parts
 
 
-def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dtype) -> dict[str, list[Part]]:
+def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dtype,
+                 quantization: str | None = None) -> dict[str, list[Part]]:
     """The parts of a checkpoint, straight from its mapped files. Raises ValueError naming a bad tensor."""
     checkpoint = Checkpoint(folder)
     embedding, head = ("wte.weight" if c.family == "gpt2" else "embed_tokens.weight"), "lm_head.weight"
@@ -412,12 +414,13 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
             text = f"loading {folder}: {done / total:4.0%} of {total / 1e9:.1f} GB" if done < total else "\x1b[K"
             print("\r" + text, end="", file=sys.stderr, flush=True)
         return checkpoint.read(name)
-    return make_parts(c, device, dtype, read)
+    return make_parts(c, device, dtype, read, quantization)
 
 
-def random_weights(c: Config, device: torch.device, dtype: torch.dtype) -> dict[str, list[Part]]:
+def random_weights(c: Config, device: torch.device, dtype: torch.dtype,
+                   quantization: str | None = None) -> dict[str, list[Part]]:
     """Weights of the right shape that know nothing, for measuring."""
     def read(name: str, shape: tuple[int, ...]) -> Tensor:
         stored = torch.empty(shape, dtype=dtype, device=device)
         return stored.normal_(0, 0.02) if len(shape) > 1 else stored.fill_(name.endswith("weight"))
-    return make_parts(c, device, dtype, read)
+    return make_parts(c, device, dtype, read, quantization)

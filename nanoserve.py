@@ -285,7 +285,7 @@ class LLM:
     def __init__(self, model: str | Path | Config, device: str = "auto", dtype: str = "auto", attention: str = "auto",
                  block_size: int | None = None, num_blocks: int | None = None, max_batched_tokens: int | None = None,
                  max_seqs: int = 64, prefix_cache: bool = True, cuda_graphs: bool | None = None,
-                 weights: dict[str, list[Part]] | None = None):
+                 quantization: str | None = None, weights: dict[str, list[Part]] | None = None):
         self.folder = None if isinstance(model, Config) else Path(model)
         self.config = c = read_config(self.folder) if self.folder else model
         self.device = find_device(device)
@@ -311,8 +311,8 @@ class LLM:
         self.tokenizer = load_tokenizer(self.folder) if self.folder else None
         keep_freed_memory(False)
         if weights is None:
-            weights = (load_weights(self.folder, c, self.device, DTYPES[self.dtype]) if self.folder else
-                       random_weights(c, self.device, DTYPES[self.dtype]))
+            weights = (load_weights(self.folder, c, self.device, DTYPES[self.dtype], quantization) if self.folder else
+                       random_weights(c, self.device, DTYPES[self.dtype], quantization))
         keep_freed_memory(True)
         self.model = Model(c, weights, attention)
         max_seqs = min(max_seqs, max_batched_tokens)   # so that a step has a token for everyone who decodes
