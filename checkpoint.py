@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from linear import DTYPES, Part, pack
+from linear import DTYPES, Part, pack, widen
 
 
 # ---------------------------------------------------------------------------------------------
@@ -61,6 +61,9 @@ class Config:
     rope: dict                     # rope_theta, rope_type and what the type needs
     eos: list[int]                 # tokens that end a text
     dtype: str                     # in which the weights were stored
+    stored: str | None             # "int8" or "fp8" where those that are multiplied were stored in 8 bits, with scales
+    blocks: bool                   # a scale per block of 128 x 128, not per row
+    ignored: list[str]             # regular expressions of the modules that were not stored so
 
 
 def read_json(path: Path, optional: bool = False) -> dict:
@@ -113,12 +116,10 @@ def read_config(folder: Path) -> Config:
         raise ValueError(f"{folder} has no config.json: give --model a checkpoint folder in Hugging Face's layout")
     raw = Fields(folder / "config.json")
     model_type = read_model_type(raw)
-    if raw.values.get("quantization_config"):
-        raise ValueError(f"{raw.path}: 'quantization_config' is not supported: use the unquantised checkpoint")
     eos = read_eos(raw, folder / "generation_config.json")
     dtype = raw.get("dtype", raw.get("torch_dtype", "float32")).removeprefix("torch.")
     read = read_gpt2_config if model_type == "gpt2" else read_llama_config
-    c = read(raw, model_type, {"eos": eos, "dtype": dtype})
+    c = read(raw, model_type, {"eos": eos, "dtype": dtype} | read_quantization(raw, model_type))
     if c.activation not in ACTIVATIONS:
         raise ValueError(f"{raw.path}: activation {c.activation!r} is not supported: only {', '.join(ACTIVATIONS)} are")
     if c.H % c.K:
@@ -146,6 +147,61 @@ def read_eos(raw: Fields, generation: Path) -> list[int]:
     if not all(isinstance(i, int) for i in eos):
         raise ValueError(f"{path}: 'eos_token_id' is {eos!r}, not a token id or a list of them")
     return eos
+
+
+BLOCK = 128   # rows and columns of a weight that share a scale
+FORMATS = "int-quantized", "float-quantized", "naive-quantized"   # of compressed-tensors; they differ in name only
+
+
+def read_quantization(raw: Fields, model_type: str) -> dict:
+    """`stored`, `blocks` and `ignored` of the Config. All else that a `quantization_config` may say is refused.
+
+    Two ways to store are read, both for products whose rows of activations are quantised as they come: "fp8", with a
+    scale per block (DeepSeek-AI 2024, section 3.3), and "compressed-tensors", vLLM's own, with a scale per row.
+    """
+    said = raw.get("quantization_config", {})
+    if not said:
+        return dict(stored=None, blocks=False, ignored=[])
+
+    def entry(values: dict, key: str) -> dict:
+        return values[key] if isinstance(values.get(key), dict) else {}
+
+    def expect(values: dict, where: str = "", **supported):
+        for key, good in supported.items():
+            if values.get(key) not in good:
+                raise ValueError(f"{raw.path}: quantization_config.{where}{key} is {json.dumps(values.get(key))[:50]}, "
+                                 f"which is not supported: use a checkpoint that has {' or '.join(map(json.dumps, good))} "
+                                 "there, or the unquantised one")
+
+    expect(said, quant_method=("fp8", "compressed-tensors"))
+    if model_type == "gpt2":
+        raise ValueError(f"{raw.path}: 'quantization_config' is not supported for gpt2: use the unquantised checkpoint")
+    blocks, stored = said["quant_method"] == "fp8", None
+    if blocks:
+        expect(said, activation_scheme=("dynamic", None), fmt=("e4m3", "float8_e4m3fn", None),
+               weight_block_size=([BLOCK, BLOCK],))
+        key, stored = "modules_to_not_convert" if said.get("modules_to_not_convert") else "ignored_layers", "fp8"
+    else:
+        expect(said, format=FORMATS, kv_cache_scheme=(None,), sparsity_config=(None, {}), transform_config=(None, {}))
+        key, types, groups = "ignore", ("int", "float"), entry(said, "config_groups")
+        for name in groups:
+            group, where = entry(groups, name), f"config_groups.{name}."
+            expect(group, where, format=(*FORMATS, None), output_activations=(None,))
+            expect(entry(group, "weights"), where + "weights.", type=types, num_bits=(8,), strategy=("channel",),
+                   symmetric=(True,), dynamic=(False, None))
+            types = entry(group, "weights")["type"],   # one type for all
+            expect(entry(group, "input_activations"), where + "input_activations.", type=types, num_bits=(8,),
+                   strategy=("token",), symmetric=(True,), dynamic=(True,))
+            stored = "int8" if types == ("int",) else "fp8"
+    ignored = said.get(key) or []
+    try:   # "re:" begins a regular expression; a name stands for its module and all in it
+        ignored = [name[3:] if name.startswith("re:") else re.escape(name) + r"(\.|$)" for name in ignored]
+        for pattern in ignored:
+            re.compile(pattern)
+    except (AttributeError, TypeError, re.error):
+        raise ValueError(f"{raw.path}: quantization_config.{key} is {json.dumps(said[key])[:50]}, not a list of names and "
+                         "of regular expressions that begin with re:") from None
+    return dict(stored=stored, blocks=blocks, ignored=ignored)
 
 
 def read_gpt2_config(raw: Fields, model_type: str, common: dict) -> Config:
@@ -224,6 +280,9 @@ def read_rope(raw: Fields, D: int) -> dict:
 # ---------------------------------------------------------------------------------------------
 # The files
 
+Stored = tuple[str, tuple[int, ...]]   # a tensor in the files: its name, its shape there
+
+
 class Checkpoint:
     """The tensors of a folder by name, each read from its memory-mapped file when it is asked for."""
 
@@ -269,20 +328,27 @@ class Checkpoint:
         except (ValueError, LookupError, TypeError, AttributeError, MemoryError, OverflowError):
             return " in its header"
 
-    def check(self, expected: dict[str, tuple[int, ...]]):
-        """Every expected tensor is there, in its shape and a known dtype, and no layer holds one more."""
+    def stored_type(self, name: str) -> str | None:
+        """The type of a tensor in the words of safetensors; None where there is no such tensor."""
+        if name in self.names:
+            return self._open(self.files[self.names[name]]).get_slice(self.names[name]).get_dtype()
+
+    def check(self, expected: dict[str, tuple[int, ...]], scales: dict[str, Stored]):
+        """Every expected tensor is there, in its shape and a known dtype, and no layer holds one more. So are the
+        scales of those that are stored in 8 bits."""
+        expected = expected | dict(scales.values())
         for name, shape in expected.items():
             if name not in self.names:
                 extra = difflib.get_close_matches(name, self.names.keys() - expected.keys(), 1, 0.8)
                 hint = f", which has {self.names[extra[0]]} instead" if extra else ""
                 raise ValueError(f"tensor {name} is missing from {self.folder}{hint}: fetch the checkpoint again")
             view = self._open(self.files[self.names[name]]).get_slice(self.names[name])
-            if tuple(view.get_shape()) != shape:
+            if tuple(view.get_shape()) not in ([shape, shape[:1]] if name.endswith("_scale") else [shape]):
                 raise ValueError(f"tensor {self.names[name]} has shape {list(view.get_shape())}, "
                                  f"but config.json asks for {list(shape)}: the two do not belong together")
-            if view.get_dtype() not in ("F32", "F16", "BF16"):
-                raise ValueError(f"tensor {self.names[name]} is stored as {view.get_dtype()}: only float32, float16 "
-                                 "and bfloat16 are supported, so use the unquantised checkpoint")
+            if view.get_dtype() not in ("F32", "F16", "BF16") and name not in scales:
+                raise ValueError(f"tensor {self.names[name]} is stored as {view.get_dtype()}: beside this config.json "
+                                 "only float32, float16 and bfloat16 are supported, so use the unquantised checkpoint")
         for name in sorted(self.names.keys() - expected.keys()):
             # Old versions stored the causal mask and RoPE's frequencies beside the weights. They are not needed.
             buffer = re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name)
@@ -294,12 +360,19 @@ class Checkpoint:
         # Opening the file for each tensor lets go of its mapped pages, so memory holds one copy of the weights.
         return self._open(self.files[self.names[name]]).get_tensor(self.names[name])
 
+    def read_scale(self, name: str) -> Tensor:
+        """float32. Raises ValueError naming a tensor by which no weight can be multiplied."""
+        scale = self.read(name).float()
+        if not ((scale > 0) & scale.isfinite()).all():
+            raise ValueError(f"tensor {self.names[name]} holds a scale that is not a finite number above 0: "
+                             "fetch the checkpoint again")
+        return scale
+
 
 # ---------------------------------------------------------------------------------------------
 # The weights
 
 MULTIPLIED = "qkv", "out", "up", "down", "head"   # the parts that go through `linear`
-Stored = tuple[str, tuple[int, ...]]              # a tensor in the files: its name, its shape there
 
 
 def plan_parts(c: Config) -> Iterator[tuple[str, list[Stored], list[Stored]]]:
@@ -339,6 +412,23 @@ def plan_parts(c: Config) -> Iterator[tuple[str, list[Stored], list[Stored]]]:
             yield part, weights, biases if part in c.biased else []
 
 
+def plan_scales(c: Config, checkpoint: Checkpoint) -> dict[str, Stored]:
+    """For each weight that is stored in 8 bits the tensor of its scales.
+
+    Which these are the files say themselves. A config can only name exceptions: a layer that may be stored in 8 bits
+    may also be stored as it was.
+    """
+    scales = {}
+    for part, weights, _ in plan_parts(c):
+        for name, (out, inputs) in weights if c.stored and part in MULTIPLIED else []:
+            module = checkpoint.names.get(name, name).removesuffix(".weight")
+            if (checkpoint.stored_type(name) == {"int8": "I8", "fp8": "F8_E4M3"}[c.stored]
+                    and not any(re.match(pattern, module) for pattern in c.ignored)):
+                scales[name] = (name + "_scale_inv", (-(-out // BLOCK), -(-inputs // BLOCK))) if c.blocks else (
+                    name + "_scale", (out, 1))
+    return scales
+
+
 def interleave_pairs(weight: Tensor, D: int) -> Tensor:
     """The rows of each head with RoPE's pairs side by side, as `rotate` in model.py wants them; q.k stays the same.
 
@@ -358,25 +448,39 @@ def to_our_layout(stored: Tensor, name: str, c: Config) -> Tensor:
     return stored
 
 
-def make_parts(c: Config, device: torch.device, dtype: torch.dtype,
-               read: Callable[[str, tuple[int, ...]], Tensor]) -> dict[str, list[Part]]:
-    """Every part by its name, one entry per layer (or one). `read` gives the stored tensor of a name and shape.
+def make_parts(c: Config, device: torch.device, dtype: torch.dtype, read: Callable[[str, tuple[int, ...]], Tensor],
+               read_scale: Callable[[str, tuple[int, ...]], Tensor | None] = lambda name, shape: None,
+               ) -> dict[str, list[Part]]:
+    """Every part by its name, one entry per layer (or one). `read` gives the stored tensor of a name and shape, and
+    `read_scale` the scale of its rows, float32 [out, G], if it is stored in 8 bits.
 
     One part is made at a time, and of what is packed the plain form is let go: beside the model, memory holds a part
     or two.
     """
-    def stack(tensors: list[Stored]) -> Tensor:
-        pieces = [to_our_layout(read(*tensor), tensor[0], c) for tensor in tensors]
+    def stack(pieces: list[Tensor], dtype: torch.dtype) -> Tensor:
         whole = torch.empty(sum(map(len, pieces)), *pieces[0].shape[1:], dtype=dtype, device=device)
         for rows, piece in zip(whole.split([len(piece) for piece in pieces]), pieces):
             rows.copy_(piece)
         return whole
 
+    def read_piece(name: str, shape: tuple[int, ...]) -> Part:
+        scale = read_scale(name, shape)
+        return Part(to_our_layout(read(name, shape), name, c), scale=None if scale is None else to_our_layout(scale, name, c))
+
+    def make_part(weights: list[Stored], biases: list[Stored]) -> Part:
+        pieces, bias = [read_piece(*tensor) for tensor in weights], [read_piece(*tensor).weight for tensor in biases]
+        if any(piece.scale is None for piece in pieces):   # 8 bits beside floats become floats
+            pieces = [widen(piece, dtype) for piece in pieces]
+        in_8_bits = pieces[0].scale is not None
+        return Part(stack([piece.weight for piece in pieces], pieces[0].weight.dtype if in_8_bits else dtype),
+                    stack(bias, dtype) if bias else None,
+                    stack([piece.scale for piece in pieces], torch.float32) if in_8_bits else None)
+
     parts = {}
     for name, weights, biases in plan_parts(c):
-        part = Part(stack(weights), stack(biases) if biases else None)
+        part = make_part(weights, biases)
         if name in MULTIPLIED:
-            part = pack(part)
+            part = pack(widen(part, dtype))
         parts.setdefault(name, []).append(part)
     if c.tied:   # the embedding stays as it is: the model takes rows of it
         parts["head"] = [pack(Part(parts["embedding"][0].weight))]
@@ -392,8 +496,9 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
     doubtful = c.tied and head in checkpoint.names   # said to be tied, and yet stored: tied only if it is the same
     c = replace(c, tied=c.tied and not doubtful)
     expected = {name: shape for _, weights, biases in plan_parts(c) for name, shape in weights + biases}
-    checkpoint.check(expected)   # on paper first
-    if doubtful and torch.equal(checkpoint.read(head).to(dtype), checkpoint.read(embedding).to(dtype)):
+    scales = plan_scales(c, checkpoint)
+    checkpoint.check(expected, scales)   # on paper first
+    if doubtful and head not in scales and torch.equal(checkpoint.read(head).to(dtype), checkpoint.read(embedding).to(dtype)):
         c = replace(c, tied=True)
         del expected[head]
 
@@ -412,7 +517,13 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
             text = f"loading {folder}: {done / total:4.0%} of {total / 1e9:.1f} GB" if done < total else "\x1b[K"
             print("\r" + text, end="", file=sys.stderr, flush=True)
         return checkpoint.read(name)
-    return make_parts(c, device, dtype, read)
+
+    def read_scale(name: str, shape: tuple[int, ...]) -> Tensor | None:
+        if name not in scales:
+            return None
+        scale = checkpoint.read_scale(scales[name][0])
+        return scale.repeat_interleave(BLOCK, 0)[:shape[0]] if c.blocks else scale.view(-1, 1)
+    return make_parts(c, device, dtype, read, read_scale)
 
 
 def random_weights(c: Config, device: torch.device, dtype: torch.dtype) -> dict[str, list[Part]]:

@@ -25,9 +25,14 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(slots=True)
 class Part:
-    """One weight of the model: [out, in], or [out] for a norm, and its bias [out] or None."""
+    """One weight of the model: [out, in], or [out] for a norm, and its bias [out] or None.
+
+    A weight of 8 bits (int8 or float8_e4m3fn) comes with its scale, float32 [out, G]: each element of row o and of the
+    g-th 128 columns stands for itself times scale[o, g]. With G = 1 the scale is that of the whole row.
+    """
     weight: Tensor
     bias: Tensor | None = None
+    scale: Tensor | None = None
 
 
 def linear(x_TE: Tensor, part: Part) -> Tensor:
@@ -35,6 +40,17 @@ def linear(x_TE: Tensor, part: Part) -> Tensor:
     if part.weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise.default(x_TE, part.weight, part.bias, "none", [], "")
     return F.linear(x_TE, part.weight, part.bias)
+
+
+def widen(part: Part, dtype: torch.dtype) -> Part:
+    """The part with its weight in `dtype`, multiplied by its scale; a part without a scale as it is."""
+    if part.scale is None:
+        return part
+    weight = part.weight.float()
+    columns = 128 if part.scale.shape[1] > 1 else weight.shape[1]
+    for piece, scale in zip(weight.split(columns, 1), part.scale.split(1, 1)):
+        piece.mul_(scale)
+    return Part(weight.to(dtype), part.bias)
 
 
 def pack(part: Part) -> Part:
