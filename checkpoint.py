@@ -193,14 +193,16 @@ def read_quantization(raw: Fields, model_type: str) -> dict:
             expect(entry(group, "input_activations"), where + "input_activations.", type=types, num_bits=(8,),
                    strategy=("token",), symmetric=(True,), dynamic=(True,))
             stored = "int8" if types == ("int",) else "fp8"
-    ignored = said.get(key) or []
+    names = said.get(key) or []
     try:   # "re:" begins a regular expression; a name stands for its module and all in it
-        ignored = [name[3:] if name.startswith("re:") else re.escape(name) + r"(\.|$)" for name in ignored]
+        if not isinstance(names, list):
+            raise TypeError
+        ignored = [name[3:] if name.startswith("re:") else re.escape(name) + r"(\.|$)" for name in names]
         for pattern in ignored:
             re.compile(pattern)
     except (AttributeError, TypeError, re.error):
-        raise ValueError(f"{raw.path}: quantization_config.{key} is {json.dumps(said[key])[:50]}, not a list of names and "
-                         "of regular expressions that begin with re:") from None
+        raise ValueError(f"{raw.path}: quantization_config.{key} is {json.dumps(names)[:50]}, not a list of names and of "
+                         "regular expressions that begin with re:") from None
     return dict(stored=stored, blocks=blocks, ignored=ignored)
 
 
@@ -464,17 +466,16 @@ def make_parts(c: Config, device: torch.device, dtype: torch.dtype, read: Callab
         return whole
 
     def read_piece(name: str, shape: tuple[int, ...]) -> Part:
-        scale = read_scale(name, shape)
-        return Part(to_our_layout(read(name, shape), name, c), scale=None if scale is None else to_our_layout(scale, name, c))
+        weight, scale = read(name, shape), read_scale(name, shape)
+        return Part(to_our_layout(weight, name, c), None, None if scale is None else to_our_layout(scale, name, c))
 
     def make_part(weights: list[Stored], biases: list[Stored]) -> Part:
-        pieces, bias = [read_piece(*tensor) for tensor in weights], [read_piece(*tensor).weight for tensor in biases]
-        if any(piece.scale is None for piece in pieces):   # 8 bits beside floats become floats
-            pieces = [widen(piece, dtype) for piece in pieces]
-        in_8_bits = pieces[0].scale is not None
-        return Part(stack([piece.weight for piece in pieces], pieces[0].weight.dtype if in_8_bits else dtype),
-                    stack(bias, dtype) if bias else None,
-                    stack([piece.scale for piece in pieces], torch.float32) if in_8_bits else None)
+        pieces = [read_piece(*tensor) for tensor in weights]
+        bias = stack([to_our_layout(read(*tensor), tensor[0], c) for tensor in biases], dtype) if biases else None
+        if all(piece.scale is not None for piece in pieces):
+            return Part(stack([piece.weight for piece in pieces], pieces[0].weight.dtype), bias,
+                        stack([piece.scale for piece in pieces], torch.float32))
+        return Part(stack([widen(piece, dtype).weight for piece in pieces], dtype), bias)   # 8 bits beside floats: floats
 
     parts = {}
     for name, weights, biases in plan_parts(c):
