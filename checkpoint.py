@@ -182,7 +182,8 @@ def read_quantization(raw: Fields, model_type: str) -> dict:
                weight_block_size=([BLOCK, BLOCK],))
         key, stored = "modules_to_not_convert" if said.get("modules_to_not_convert") else "ignored_layers", "fp8"
     else:
-        expect(said, format=FORMATS, kv_cache_scheme=(None,), sparsity_config=(None, {}), transform_config=(None, {}))
+        expect(said, format=FORMATS, kv_cache_scheme=(None,), transform_config=(None, {}))
+        expect(entry(said, "sparsity_config"), "sparsity_config.", format=("dense", None))
         key, types, groups = "ignore", ("int", "float"), entry(said, "config_groups")
         for name in groups:
             group, where = entry(groups, name), f"config_groups.{name}."

@@ -485,9 +485,8 @@ def test_a_widened_part_is_every_number_times_its_scale(out, inputs, blocks, int
 def test_a_head_in_8_bits_is_its_own_even_if_said_to_be_tied(tmp_path, kind, tied):
     config, ids, quantization = LLAMA | ODD | dict(tie_word_embeddings=tied), list(range(40)), dict(QUANTISED[kind])
     quantization.pop("ignore", None), quantization.pop("modules_to_not_convert", None)
-    tensors = llama_tensors(LLAMA | ODD)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    stored = in_8_bits(tensors, quantization, but=[])
+    stored = in_8_bits(llama_tensors(LLAMA | ODD), quantization, but=[])
+    stored["model.embed_tokens.weight"] = stored["lm_head.weight"].float()   # the same numbers, but for their scales
     write_checkpoint(tmp_path, config | dict(quantization_config=quantization), stored)
     assert_logits(tmp_path, plain(config, dequantised(stored), ids), ids)
 
@@ -552,6 +551,14 @@ def test_another_way_to_quantise_is_refused_by_name_before_any_weight_is_read(tm
     assert out == "" and err.count("\n") == 1 and all(word in err for word in ["config.json", *words]), err
 
 
+@pytest.mark.parametrize("more", [dict(sparsity_config={}, transform_config={}, version="0.12.2"),
+                                  dict(sparsity_config=dict(format="dense", global_sparsity=0.1), quantization_status="frozen"),
+                                  dict(format="int-quantized"), dict(format="float-quantized"), dict(config_groups={})])
+def test_what_other_versions_write_is_read(tmp_path, more):
+    write_checkpoint(tmp_path, LLAMA | dict(quantization_config=INT8 | more), {})
+    assert checkpoint.read_config(tmp_path).stored == ("int8" if more.get("config_groups") is None else None)
+
+
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_gpt2_in_8_bits_is_refused(tmp_path, kind):
     write_checkpoint(tmp_path, GPT2 | dict(quantization_config=QUANTISED[kind]), {})
@@ -594,15 +601,16 @@ def test_a_damaged_scale_is_refused_in_one_sentence_that_names_it(tmp_path, capf
     assert all(word in err for word in [where[kind].removeprefix("model."), *words]), err
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind, key", [("int8", "ignore"), ("fp8", "ignore"), ("blocks", "modules_to_not_convert"),
+                                       ("blocks", "ignored_layers")])
 @pytest.mark.parametrize("word", ["model.layers.1.mlp.down_proj", "model.layers.1.mlp", "re:.*down_proj$", "re:.*layers\\.1\\."])
-def test_a_layer_said_to_be_left_out_and_yet_stored_in_8_bits_is_refused_by_name(tmp_path, kind, word):
-    key = "modules_to_not_convert" if kind == "blocks" else "ignore"
-    write_quantised(tmp_path, LLAMA | ODD, QUANTISED[kind] | {key: ["lm_head", "model.layers.1.mlp.down", word]})
+def test_a_layer_said_to_be_left_out_and_yet_stored_in_8_bits_is_refused_by_name(tmp_path, kind, key, word):
+    said = {k: v for k, v in QUANTISED[kind].items() if k != "modules_to_not_convert"}
+    write_quantised(tmp_path, LLAMA | ODD, said | {key: ["lm_head", "model.layers.1.mlp.down", word]})
     c = checkpoint.read_config(tmp_path)
     with pytest.raises(ValueError, match=r"tensor model\.layers\.\d\..* is stored as (I8|F8_E4M3): beside this config\.json only float32"):
         checkpoint.load_weights(tmp_path, c, CPU, torch.float32)
-    write_quantised(tmp_path, LLAMA | ODD, QUANTISED[kind] | {key: ["lm_head", "model.layers.1.mlp.down", "re:down_proj"]})
+    write_quantised(tmp_path, LLAMA | ODD, said | {key: ["lm_head", "model.layers.1.mlp.down", "re:down_proj"]})
     checkpoint.load_weights(tmp_path, checkpoint.read_config(tmp_path), CPU, torch.float32)   # these name no layer
 
 
