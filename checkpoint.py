@@ -61,9 +61,9 @@ class Config:
     rope: dict                     # rope_theta, rope_type and what the type needs
     eos: list[int]                 # tokens that end a text
     dtype: str                     # in which the weights were stored
-    stored: str | None             # "int8" or "fp8" where those that are multiplied were stored in 8 bits, with scales
-    blocks: bool                   # a scale per block of 128 x 128, not per row
-    ignored: list[str]             # regular expressions of the modules that were not stored so
+    stored: str | None             # "int8" or "fp8" where those that are multiplied may be stored so, with scales
+    blocks: bool                   # whether a scale is that of a block of 128 x 128, not of a row
+    ignored: list[str]             # regular expressions of the modules that are not stored in 8 bits
 
 
 def read_json(path: Path, optional: bool = False) -> dict:
@@ -149,62 +149,71 @@ def read_eos(raw: Fields, generation: Path) -> list[int]:
     return eos
 
 
-BLOCK = 128   # rows and columns of a weight that share a scale
-FORMATS = "int-quantized", "float-quantized", "naive-quantized"   # of compressed-tensors; they differ in name only
+BLOCK = 128   # rows and columns of a weight that share a scale in "fp8"
+FORMATS = "int-quantized", "float-quantized", "naive-quantized"   # of compressed-tensors: the same under three names
 
 
 def read_quantization(raw: Fields, model_type: str) -> dict:
-    """`stored`, `blocks` and `ignored` of the Config. All else that a `quantization_config` may say is refused.
+    """`stored`, `blocks` and `ignored` of the Config. Whatever else a `quantization_config` asks for is refused.
 
     Two ways to store are read, both for products whose rows of activations are quantised as they come: "fp8", with a
-    scale per block (DeepSeek-AI 2024, section 3.3), and "compressed-tensors", vLLM's own, with a scale per row.
+    scale per block (DeepSeek-V3, 2024, section 3.3), and "compressed-tensors", vLLM's own, with a scale per row.
     """
     said = raw.get("quantization_config", {})
     if not said:
         return dict(stored=None, blocks=False, ignored=[])
-
-    def entry(values: dict, key: str) -> dict:
-        return values[key] if isinstance(values.get(key), dict) else {}
-
-    def expect(values: dict, where: str = "", **supported):
-        for key, good in supported.items():
-            if values.get(key) not in good:
-                raise ValueError(f"{raw.path}: quantization_config.{where}{key} is {json.dumps(values.get(key))[:50]}, "
-                                 f"which is not supported: use a checkpoint that has {' or '.join(map(json.dumps, good))} "
-                                 "there, or the unquantised one")
-
-    expect(said, quant_method=("fp8", "compressed-tensors"))
+    expect(raw, said, "", quant_method=("fp8", "compressed-tensors"))
     if model_type == "gpt2":
         raise ValueError(f"{raw.path}: 'quantization_config' is not supported for gpt2: use the unquantised checkpoint")
-    blocks, stored = said["quant_method"] == "fp8", None
-    if blocks:
-        expect(said, activation_scheme=("dynamic", None), fmt=("e4m3", "float8_e4m3fn", None),
+    if said["quant_method"] == "fp8":
+        expect(raw, said, "", activation_scheme=("dynamic", None), fmt=("e4m3", "float8_e4m3fn", None),
                weight_block_size=([BLOCK, BLOCK],))
-        key, stored = "modules_to_not_convert" if said.get("modules_to_not_convert") else "ignored_layers", "fp8"
-    else:
-        expect(said, format=FORMATS, kv_cache_scheme=(None,), transform_config=(None, {}))
-        expect(entry(said, "sparsity_config"), "sparsity_config.", format=("dense", None))
-        key, types, groups = "ignore", ("int", "float"), entry(said, "config_groups")
-        for name in groups:
-            group, where = entry(groups, name), f"config_groups.{name}."
-            expect(group, where, format=(*FORMATS, None), output_activations=(None,))
-            expect(entry(group, "weights"), where + "weights.", type=types, num_bits=(8,), strategy=("channel",),
-                   symmetric=(True,), dynamic=(False, None))
-            types = entry(group, "weights")["type"],   # one type for all
-            expect(entry(group, "input_activations"), where + "input_activations.", type=types, num_bits=(8,),
-                   strategy=("token",), symmetric=(True,), dynamic=(True,))
-            stored = "int8" if types == ("int",) else "fp8"
+        key = "modules_to_not_convert" if said.get("modules_to_not_convert") else "ignored_layers"
+        return dict(stored="fp8", blocks=True, ignored=read_ignored(raw, said, key))
+
+    expect(raw, said, "", format=FORMATS, kv_cache_scheme=(None,), transform_config=(None, {}))
+    expect(raw, inner(said, "sparsity_config"), "sparsity_config.", format=("dense", None))
+    types, groups = ("int", "float"), inner(said, "config_groups")
+    for name in groups:
+        group, where = inner(groups, name), f"config_groups.{name}."
+        weights, activations = inner(group, "weights"), inner(group, "input_activations")
+        expect(raw, group, where, format=(*FORMATS, None), output_activations=(None,))
+        expect(raw, weights, where + "weights.", type=types, num_bits=(8,), strategy=("channel",), symmetric=(True,),
+               dynamic=(False, None))
+        types = (weights["type"],)   # all groups have one type
+        expect(raw, activations, where + "input_activations.", type=types, num_bits=(8,), strategy=("token",),
+               symmetric=(True,), dynamic=(True,))
+    stored = {"int": "int8", "float": "fp8"}[types[0]] if groups else None
+    return dict(stored=stored, blocks=False, ignored=read_ignored(raw, said, "ignore"))
+
+
+def inner(values: dict, key: str) -> dict:
+    """The object in an object; {}, which has nothing of what is expected, where there is none."""
+    return values[key] if isinstance(values.get(key), dict) else {}
+
+
+def expect(raw: Fields, values: dict, where: str, **supported: tuple):
+    """Each key has one of its supported values, or is refused by its name. None: it may be absent, or null."""
+    for key, good in supported.items():
+        if values.get(key) not in good:
+            raise ValueError(f"{raw.path}: quantization_config.{where}{key} is {json.dumps(values.get(key))[:50]}, "
+                             f"which is not supported: use a checkpoint that has {' or '.join(map(json.dumps, good))} "
+                             "there, or the unquantised one")
+
+
+def read_ignored(raw: Fields, said: dict, key: str) -> list[str]:
+    """Regular expressions of modules: "re:" begins one, and a plain name stands for its module and all in it."""
     names = said.get(key) or []
-    try:   # "re:" begins a regular expression; a name stands for its module and all in it
+    try:
         if not isinstance(names, list):
             raise TypeError
-        ignored = [name[3:] if name.startswith("re:") else re.escape(name) + r"(\.|$)" for name in names]
-        for pattern in ignored:
+        patterns = [name[3:] if name.startswith("re:") else re.escape(name) + r"(\.|$)" for name in names]
+        for pattern in patterns:
             re.compile(pattern)
     except (AttributeError, TypeError, re.error):
-        raise ValueError(f"{raw.path}: quantization_config.{key} is {json.dumps(names)[:50]}, not a list of names and of "
-                         "regular expressions that begin with re:") from None
-    return dict(stored=stored, blocks=blocks, ignored=ignored)
+        raise ValueError(f"{raw.path}: quantization_config.{key} is {json.dumps(names)[:50]}, not a list of names and "
+                         "of regular expressions that begin with re:") from None
+    return patterns
 
 
 def read_gpt2_config(raw: Fields, model_type: str, common: dict) -> Config:
@@ -331,10 +340,9 @@ class Checkpoint:
         except (ValueError, LookupError, TypeError, AttributeError, MemoryError, OverflowError):
             return " in its header"
 
-    def stored_type(self, name: str) -> str | None:
-        """The type of a tensor in the words of safetensors; None where there is no such tensor."""
-        if name in self.names:
-            return self._open(self.files[self.names[name]]).get_slice(self.names[name]).get_dtype()
+    def stored_type(self, name: str) -> str:
+        """The type of a tensor, in the words of safetensors."""
+        return self._open(self.files[self.names[name]]).get_slice(self.names[name]).get_dtype()
 
     def check(self, expected: dict[str, tuple[int, ...]], scales: dict[str, Stored]):
         """Every expected tensor is there, in its shape and a known dtype, and no layer holds one more. So are the
@@ -346,7 +354,8 @@ class Checkpoint:
                 hint = f", which has {self.names[extra[0]]} instead" if extra else ""
                 raise ValueError(f"tensor {name} is missing from {self.folder}{hint}: fetch the checkpoint again")
             view = self._open(self.files[self.names[name]]).get_slice(self.names[name])
-            if tuple(view.get_shape()) not in ([shape, shape[:1]] if name.endswith("_scale") else [shape]):
+            flat = shape[:1] if name.endswith("_scale") else shape   # a scale per row may be a column, or flat
+            if tuple(view.get_shape()) not in (shape, flat):
                 raise ValueError(f"tensor {self.names[name]} has shape {list(view.get_shape())}, "
                                  f"but config.json asks for {list(shape)}: the two do not belong together")
             if view.get_dtype() not in ("F32", "F16", "BF16") and name not in scales:
@@ -418,17 +427,19 @@ def plan_parts(c: Config) -> Iterator[tuple[str, list[Stored], list[Stored]]]:
 def plan_scales(c: Config, checkpoint: Checkpoint) -> dict[str, Stored]:
     """For each weight that is stored in 8 bits the tensor of its scales.
 
-    Which these are the files say themselves. A config can only name exceptions: a layer that may be stored in 8 bits
-    may also be stored as it was.
+    The config says which weights may be stored so, the files say which are. Both kinds of scale multiply what is
+    stored: what is called an inverse undoes the quantising.
     """
+    may = [(name, shape) for part, weights, _ in plan_parts(c) if c.stored and part in MULTIPLIED
+           for name, shape in weights if name in checkpoint.names]
     scales = {}
-    for part, weights, _ in plan_parts(c):
-        for name, (out, inputs) in weights if c.stored and part in MULTIPLIED else []:
-            module = checkpoint.names.get(name, name).removesuffix(".weight")
-            if (checkpoint.stored_type(name) == {"int8": "I8", "fp8": "F8_E4M3"}[c.stored]
-                    and not any(re.match(pattern, module) for pattern in c.ignored)):
-                scales[name] = (name + "_scale_inv", (-(-out // BLOCK), -(-inputs // BLOCK))) if c.blocks else (
-                    name + "_scale", (out, 1))
+    for name, (out, inputs) in may:
+        module = checkpoint.names[name].removesuffix(".weight")
+        if any(re.match(pattern, module) for pattern in c.ignored):
+            continue
+        if checkpoint.stored_type(name) == {"int8": "I8", "fp8": "F8_E4M3"}[c.stored]:
+            blocks = -(-out // BLOCK), -(-inputs // BLOCK)
+            scales[name] = (name + "_scale_inv", blocks) if c.blocks else (name + "_scale", (out, 1))
     return scales
 
 
@@ -476,7 +487,8 @@ def make_parts(c: Config, device: torch.device, dtype: torch.dtype, read: Callab
         if all(piece.scale is not None for piece in pieces):
             return Part(stack([piece.weight for piece in pieces], pieces[0].weight.dtype), bias,
                         stack([piece.scale for piece in pieces], torch.float32))
-        return Part(stack([widen(piece, dtype).weight for piece in pieces], dtype), bias)   # 8 bits beside floats: floats
+        pieces = [widen(piece, dtype) for piece in pieces]   # of q, k and v some may be stored in 8 bits, others not
+        return Part(stack([piece.weight for piece in pieces], dtype), bias)
 
     parts = {}
     for name, weights, biases in plan_parts(c):
@@ -500,7 +512,8 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
     expected = {name: shape for _, weights, biases in plan_parts(c) for name, shape in weights + biases}
     scales = plan_scales(c, checkpoint)
     checkpoint.check(expected, scales)   # on paper first
-    if doubtful and head not in scales and torch.equal(checkpoint.read(head).to(dtype), checkpoint.read(embedding).to(dtype)):
+    doubtful &= head not in scales   # a head in 8 bits is its own
+    if doubtful and torch.equal(checkpoint.read(head).to(dtype), checkpoint.read(embedding).to(dtype)):
         c = replace(c, tied=True)
         del expected[head]
 
