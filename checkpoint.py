@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from linear import DTYPES, Part, pack, quantize
+from linear import DTYPES, Part, pack, quantize, widen
 
 
 # ---------------------------------------------------------------------------------------------
@@ -61,6 +61,9 @@ class Config:
     rope: dict                     # rope_theta, rope_type and what the type needs
     eos: list[int]                 # tokens that end a text
     dtype: str                     # in which the weights were stored
+    stored: str | None             # "int8" or "fp8" where those that are multiplied may be stored so, with scales
+    blocks: bool                   # whether a scale is that of a block of 128 x 128, not of a row
+    ignored: list[str]             # regular expressions of the modules that are not stored in 8 bits
 
 
 def read_json(path: Path, optional: bool = False) -> dict:
@@ -113,12 +116,10 @@ def read_config(folder: Path) -> Config:
         raise ValueError(f"{folder} has no config.json: give --model a checkpoint folder in Hugging Face's layout")
     raw = Fields(folder / "config.json")
     model_type = read_model_type(raw)
-    if raw.values.get("quantization_config"):
-        raise ValueError(f"{raw.path}: 'quantization_config' is not supported: use the unquantised checkpoint")
     eos = read_eos(raw, folder / "generation_config.json")
     dtype = raw.get("dtype", raw.get("torch_dtype", "float32")).removeprefix("torch.")
     read = read_gpt2_config if model_type == "gpt2" else read_llama_config
-    c = read(raw, model_type, {"eos": eos, "dtype": dtype})
+    c = read(raw, model_type, {"eos": eos, "dtype": dtype} | read_quantization(raw, model_type))
     if c.activation not in ACTIVATIONS:
         raise ValueError(f"{raw.path}: activation {c.activation!r} is not supported: only {', '.join(ACTIVATIONS)} are")
     if c.H % c.K:
@@ -146,6 +147,73 @@ def read_eos(raw: Fields, generation: Path) -> list[int]:
     if not all(isinstance(i, int) for i in eos):
         raise ValueError(f"{path}: 'eos_token_id' is {eos!r}, not a token id or a list of them")
     return eos
+
+
+BLOCK = 128   # rows and columns of a weight that share a scale in "fp8"
+FORMATS = "int-quantized", "float-quantized", "naive-quantized"   # of compressed-tensors: the same under three names
+
+
+def read_quantization(raw: Fields, model_type: str) -> dict:
+    """`stored`, `blocks` and `ignored` of the Config. Whatever else a `quantization_config` asks for is refused.
+
+    Two ways to store are read, both for products whose rows of activations are quantised as they come: "fp8", with a
+    scale per block (DeepSeek-V3, 2024, section 3.3), and "compressed-tensors", vLLM's own, with a scale per row.
+    """
+    said = raw.get("quantization_config", {})
+    if not said:
+        return dict(stored=None, blocks=False, ignored=[])
+    expect(raw, said, "", quant_method=("fp8", "compressed-tensors"))
+    if model_type == "gpt2":
+        raise ValueError(f"{raw.path}: 'quantization_config' is not supported for gpt2: use the unquantised checkpoint")
+    if said["quant_method"] == "fp8":
+        expect(raw, said, "", activation_scheme=("dynamic", None), fmt=("e4m3", "float8_e4m3fn", None),
+               weight_block_size=([BLOCK, BLOCK],))
+        key = "modules_to_not_convert" if said.get("modules_to_not_convert") else "ignored_layers"
+        return dict(stored="fp8", blocks=True, ignored=read_ignored(raw, said, key))
+
+    expect(raw, said, "", format=FORMATS, kv_cache_scheme=(None,), transform_config=(None, {}))
+    expect(raw, inner(said, "sparsity_config"), "sparsity_config.", format=("dense", None))
+    types, groups = ("int", "float"), inner(said, "config_groups")
+    for name in groups:
+        group, where = inner(groups, name), f"config_groups.{name}."
+        weights, activations = inner(group, "weights"), inner(group, "input_activations")
+        expect(raw, group, where, format=(*FORMATS, None), output_activations=(None,))
+        expect(raw, weights, where + "weights.", type=types, num_bits=(8,), strategy=("channel",), symmetric=(True,),
+               dynamic=(False, None))
+        types = (weights["type"],)   # all groups have one type
+        expect(raw, activations, where + "input_activations.", type=types, num_bits=(8,), strategy=("token",),
+               symmetric=(True,), dynamic=(True,))
+    stored = {"int": "int8", "float": "fp8"}[types[0]] if groups else None
+    return dict(stored=stored, blocks=False, ignored=read_ignored(raw, said, "ignore"))
+
+
+def inner(values: dict, key: str) -> dict:
+    """The object in an object; {}, which has nothing of what is expected, where there is none."""
+    return values[key] if isinstance(values.get(key), dict) else {}
+
+
+def expect(raw: Fields, values: dict, where: str, **supported: tuple):
+    """Each key has one of its supported values, or is refused by its name. None: it may be absent, or null."""
+    for key, good in supported.items():
+        if values.get(key) not in good:
+            raise ValueError(f"{raw.path}: quantization_config.{where}{key} is {json.dumps(values.get(key))[:50]}, "
+                             f"which is not supported: use a checkpoint that has {' or '.join(map(json.dumps, good))} "
+                             "there, or the unquantised one")
+
+
+def read_ignored(raw: Fields, said: dict, key: str) -> list[str]:
+    """Regular expressions of modules: "re:" begins one, and a plain name stands for its module and all in it."""
+    names = said.get(key) or []
+    try:
+        if not isinstance(names, list):
+            raise TypeError
+        patterns = [name[3:] if name.startswith("re:") else re.escape(name) + r"(\.|$)" for name in names]
+        for pattern in patterns:
+            re.compile(pattern)
+    except (AttributeError, TypeError, re.error):
+        raise ValueError(f"{raw.path}: quantization_config.{key} is {json.dumps(names)[:50]}, not a list of names and "
+                         "of regular expressions that begin with re:") from None
+    return patterns
 
 
 def read_gpt2_config(raw: Fields, model_type: str, common: dict) -> Config:
@@ -224,6 +292,9 @@ def read_rope(raw: Fields, D: int) -> dict:
 # ---------------------------------------------------------------------------------------------
 # The files
 
+Stored = tuple[str, tuple[int, ...]]   # a tensor in the files: its name, its shape there
+
+
 class Checkpoint:
     """The tensors of a folder by name, each read from its memory-mapped file when it is asked for."""
 
@@ -269,20 +340,27 @@ class Checkpoint:
         except (ValueError, LookupError, TypeError, AttributeError, MemoryError, OverflowError):
             return " in its header"
 
-    def check(self, expected: dict[str, tuple[int, ...]]):
-        """Every expected tensor is there, in its shape and a known dtype, and no layer holds one more."""
+    def stored_type(self, name: str) -> str:
+        """The type of a tensor, in the words of safetensors."""
+        return self._open(self.files[self.names[name]]).get_slice(self.names[name]).get_dtype()
+
+    def check(self, expected: dict[str, tuple[int, ...]], scales: dict[str, Stored]):
+        """Every expected tensor is there, in its shape and a known dtype, and no layer holds one more. So are the
+        scales of those that are stored in 8 bits."""
+        expected = expected | dict(scales.values())
         for name, shape in expected.items():
             if name not in self.names:
                 extra = difflib.get_close_matches(name, self.names.keys() - expected.keys(), 1, 0.8)
                 hint = f", which has {self.names[extra[0]]} instead" if extra else ""
                 raise ValueError(f"tensor {name} is missing from {self.folder}{hint}: fetch the checkpoint again")
             view = self._open(self.files[self.names[name]]).get_slice(self.names[name])
-            if tuple(view.get_shape()) != shape:
+            flat = shape[:1] if name.endswith("_scale") else shape   # a scale per row may be a column, or flat
+            if tuple(view.get_shape()) not in (shape, flat):
                 raise ValueError(f"tensor {self.names[name]} has shape {list(view.get_shape())}, "
                                  f"but config.json asks for {list(shape)}: the two do not belong together")
-            if view.get_dtype() not in ("F32", "F16", "BF16"):
-                raise ValueError(f"tensor {self.names[name]} is stored as {view.get_dtype()}: only float32, float16 "
-                                 "and bfloat16 are supported, so use the unquantised checkpoint")
+            if view.get_dtype() not in ("F32", "F16", "BF16") and name not in scales:
+                raise ValueError(f"tensor {self.names[name]} is stored as {view.get_dtype()}: beside this config.json "
+                                 "only float32, float16 and bfloat16 are supported, so use the unquantised checkpoint")
         for name in sorted(self.names.keys() - expected.keys()):
             # Old versions stored the causal mask and RoPE's frequencies beside the weights. They are not needed.
             buffer = re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name)
@@ -294,12 +372,19 @@ class Checkpoint:
         # Opening the file for each tensor lets go of its mapped pages, so memory holds one copy of the weights.
         return self._open(self.files[self.names[name]]).get_tensor(self.names[name])
 
+    def read_scale(self, name: str) -> Tensor:
+        """float32. Raises ValueError naming a tensor by which no weight can be multiplied."""
+        scale = self.read(name).float()
+        if not ((scale > 0) & scale.isfinite()).all():
+            raise ValueError(f"tensor {self.names[name]} holds a scale that is not a finite number above 0: "
+                             "fetch the checkpoint again")
+        return scale
+
 
 # ---------------------------------------------------------------------------------------------
 # The weights
 
 MULTIPLIED = "qkv", "out", "up", "down", "head"   # the parts that go through `linear`
-Stored = tuple[str, tuple[int, ...]]              # a tensor in the files: its name, its shape there
 
 
 def plan_parts(c: Config) -> Iterator[tuple[str, list[Stored], list[Stored]]]:
@@ -339,6 +424,25 @@ def plan_parts(c: Config) -> Iterator[tuple[str, list[Stored], list[Stored]]]:
             yield part, weights, biases if part in c.biased else []
 
 
+def plan_scales(c: Config, checkpoint: Checkpoint) -> dict[str, Stored]:
+    """For each weight that is stored in 8 bits the tensor of its scales.
+
+    The config says which weights may be stored so, the files say which are. Both kinds of scale multiply what is
+    stored: what is called an inverse undoes the quantising.
+    """
+    may = [(name, shape) for part, weights, _ in plan_parts(c) if c.stored and part in MULTIPLIED
+           for name, shape in weights if name in checkpoint.names]
+    scales = {}
+    for name, (out, inputs) in may:
+        module = checkpoint.names[name].removesuffix(".weight")
+        if any(re.match(pattern, module) for pattern in c.ignored):
+            continue
+        if checkpoint.stored_type(name) == {"int8": "I8", "fp8": "F8_E4M3"}[c.stored]:
+            blocks = -(-out // BLOCK), -(-inputs // BLOCK)
+            scales[name] = (name + "_scale_inv", blocks) if c.blocks else (name + "_scale", (out, 1))
+    return scales
+
+
 def interleave_pairs(weight: Tensor, D: int) -> Tensor:
     """The rows of each head with RoPE's pairs side by side, as `rotate` in model.py wants them; q.k stays the same.
 
@@ -358,29 +462,43 @@ def to_our_layout(stored: Tensor, name: str, c: Config) -> Tensor:
     return stored
 
 
-def make_parts(c: Config, device: torch.device, dtype: torch.dtype,
-               read: Callable[[str, tuple[int, ...]], Tensor], quantization: str | None = None) -> dict[str, list[Part]]:
-    """Every part by its name, one entry per layer (or one). `read` gives the stored tensor of a name and shape.
+def make_parts(c: Config, device: torch.device, dtype: torch.dtype, quantization: str | None,
+               read: Callable[[str, tuple[int, ...]], Tensor],
+               read_scale: Callable[[str, tuple[int, ...]], Tensor | None] = lambda name, shape: None,
+               ) -> dict[str, list[Part]]:
+    """Every part by its name, one entry per layer (or one). `read` gives the stored tensor of a name and shape, and
+    `read_scale` the scale of its rows, float32 [out, G], if it is stored in 8 bits.
 
     One part is made at a time, and of what is packed the plain form is let go: beside the model, memory holds a part
     or two.
     """
-    def stack(tensors: list[Stored]) -> Tensor:
-        pieces = [to_our_layout(read(*tensor), tensor[0], c) for tensor in tensors]
+    def stack(pieces: list[Tensor], dtype: torch.dtype) -> Tensor:
         whole = torch.empty(sum(map(len, pieces)), *pieces[0].shape[1:], dtype=dtype, device=device)
         for rows, piece in zip(whole.split([len(piece) for piece in pieces]), pieces):
             rows.copy_(piece)
         return whole
 
+    def read_piece(name: str, shape: tuple[int, ...]) -> Part:
+        weight, scale = read(name, shape), read_scale(name, shape)
+        return Part(to_our_layout(weight, name, c), None, None if scale is None else to_our_layout(scale, name, c))
+
+    def make_part(weights: list[Stored], biases: list[Stored]) -> Part:
+        pieces = [read_piece(*tensor) for tensor in weights]
+        bias = stack([to_our_layout(read(*tensor), tensor[0], c) for tensor in biases], dtype) if biases else None
+        if all(piece.scale is not None for piece in pieces):
+            return Part(stack([piece.weight for piece in pieces], pieces[0].weight.dtype), bias,
+                        stack([piece.scale for piece in pieces], torch.float32))
+        pieces = [widen(piece, dtype) for piece in pieces]   # of q, k and v some may be stored in 8 bits, others not
+        return Part(stack([piece.weight for piece in pieces], dtype), bias)
+
     parts = {}
     for name, weights, biases in plan_parts(c):
-        part = Part(stack(weights), stack(biases) if biases else None)
+        part = make_part(weights, biases)
         if name in MULTIPLIED:
-            part = pack(quantize(part, quantization) if quantization else part)
+            part = pack(quantize(part, quantization), dtype)
         parts.setdefault(name, []).append(part)
     if c.tied:   # the embedding stays as it is: the model takes rows of it
-        head = Part(parts["embedding"][0].weight)
-        parts["head"] = [pack(quantize(head, quantization) if quantization else head)]
+        parts["head"] = [pack(quantize(Part(parts["embedding"][0].weight), quantization), dtype)]
     return parts
 
 
@@ -394,12 +512,20 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
     doubtful = c.tied and head in checkpoint.names   # said to be tied, and yet stored: tied only if it is the same
     c = replace(c, tied=c.tied and not doubtful)
     expected = {name: shape for _, weights, biases in plan_parts(c) for name, shape in weights + biases}
-    checkpoint.check(expected)   # on paper first
+    scales = plan_scales(c, checkpoint)
+    checkpoint.check(expected, scales)   # on paper first
+    doubtful &= head not in scales   # a head in 8 bits is its own
     if doubtful and torch.equal(checkpoint.read(head).to(dtype), checkpoint.read(embedding).to(dtype)):
         c = replace(c, tied=True)
         del expected[head]
 
-    total = sum(math.prod(shape) for shape in expected.values()) * dtype.itemsize
+    eight_bits = set(scales)
+    if quantization:
+        eight_bits = {name for part, weights, _ in plan_parts(c) if part in MULTIPLIED for name, _ in weights}
+    if "fp8" in (quantization, c.stored) and device.type != "cuda":   # `pack` widens them
+        eight_bits = set()
+    sizes = {name: math.prod(shape) * (1 if name in eight_bits else dtype.itemsize) for name, shape in expected.items()}
+    total = sum(sizes.values())
     try:
         torch.empty(total, dtype=torch.uint8, device=device)   # all of it once, so as not to fail half-way
     except RuntimeError:
@@ -409,12 +535,18 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
 
     def read(name: str, shape: tuple[int, ...]) -> Tensor:
         nonlocal done
-        done += math.prod(shape) * dtype.itemsize
+        done += sizes[name]
         if sys.stderr.isatty() and time.perf_counter() - begin > 1:
             text = f"loading {folder}: {done / total:4.0%} of {total / 1e9:.1f} GB" if done < total else "\x1b[K"
             print("\r" + text, end="", file=sys.stderr, flush=True)
         return checkpoint.read(name)
-    return make_parts(c, device, dtype, read, quantization)
+
+    def read_scale(name: str, shape: tuple[int, ...]) -> Tensor | None:
+        if name not in scales:
+            return None
+        scale = checkpoint.read_scale(scales[name][0])
+        return scale.repeat_interleave(BLOCK, 0)[:shape[0]] if c.blocks else scale.view(-1, 1)
+    return make_parts(c, device, dtype, quantization, read, read_scale)
 
 
 def random_weights(c: Config, device: torch.device, dtype: torch.dtype,
@@ -423,4 +555,4 @@ def random_weights(c: Config, device: torch.device, dtype: torch.dtype,
     def read(name: str, shape: tuple[int, ...]) -> Tensor:
         stored = torch.empty(shape, dtype=dtype, device=device)
         return stored.normal_(0, 0.02) if len(shape) > 1 else stored.fill_(name.endswith("weight"))
-    return make_parts(c, device, dtype, read, quantization)
+    return make_parts(c, device, dtype, quantization, read)

@@ -56,10 +56,13 @@ def linear(x_TE: Tensor, part: Part) -> Tensor:
     return F.linear(x_TE, part.weight, part.bias)
 
 
-def pack(part: Part) -> Part:
-    """The part in the order in which this device multiplies fastest; its weight may be a tensor for `linear` alone."""
-    if part.scale is not None:
-        return pack_int8(part) if part.weight.dtype == torch.int8 else pack(widen(part, torch.get_default_dtype()))
+def pack(part: Part, dtype: torch.dtype) -> Part:
+    """The part in the order in which this device multiplies it fastest by rows of a dtype. Its weight may be a tensor for
+    `linear` alone."""
+    if part.weight.dtype == torch.int8:
+        return pack_int8(part)
+    if part.weight.device.type != "cuda":
+        part = widen(part, dtype)
     weight, rows = part.weight, 64   # the order suits any number of rows; oneDNN asks for one to have in mind
     if weight.device.type != "cpu" or not has_instructions_for(weight.dtype):
         return part
@@ -74,19 +77,29 @@ def pack(part: Part) -> Part:
 QUANTIZATIONS = {"int8": (torch.int8, 127), "fp8": (torch.float8_e4m3fn, 448)}   # the type, its largest number
 
 
-def quantize(part: Part, quantization: str) -> Part:
-    """A float part in 8 bits, with a scale per row. A row of zeros has the scale 0."""
+def quantize(part: Part, quantization: str | None) -> Part:
+    """A float part in 8 bits, with a scale per row; None leaves it as it is. A row of zeros has the scale 0."""
+    if quantization is None:
+        return part
     dtype, largest = QUANTIZATIONS[quantization]
-    scale_F1 = part.weight.abs().amax(1, keepdim=True).float() / largest
-    scaled = part.weight / scale_F1.clamp_min(torch.finfo(torch.float32).tiny)
-    return Part((scaled.round_() if dtype == torch.int8 else scaled).to(dtype), part.bias, scale_F1)
+    weight_FE = torch.empty(part.weight.shape, dtype=dtype, device=part.weight.device)
+    scale_F1 = torch.empty(len(weight_FE), 1, device=part.weight.device)
+    for plain, weight, scale in zip(part.weight.split(1024), weight_FE.split(1024), scale_F1.split(1024)):
+        scale.copy_(plain.abs().amax(1, keepdim=True)).div_(largest)
+        scaled = plain / scale.clamp_min(torch.finfo(torch.float32).tiny)
+        weight.copy_(scaled.round_() if dtype == torch.int8 else scaled)
+    return Part(weight_FE, part.bias, scale_F1)
 
 
 def widen(part: Part, dtype: torch.dtype) -> Part:
-    """A part in 8 bits as the floats that it stands for."""
-    inputs, (outputs, groups) = part.weight.shape[1], part.scale.shape
-    scale = part.scale if groups == 1 else part.scale.repeat_interleave(128, 1)[:, :inputs]
-    return Part((part.weight.float() * scale).to(dtype), part.bias)
+    """The part with its weight in `dtype`, multiplied by its scale; a part without a scale as it is."""
+    if part.scale is None:
+        return part
+    weight = part.weight.to(dtype)   # exact: 16 bits hold every number of these 8
+    columns = 128 if part.scale.shape[1] > 1 else weight.shape[1]
+    for piece, scale in zip(weight.split(columns, 1), part.scale.split(1, 1)):
+        piece.mul_(scale)
+    return Part(weight, part.bias)
 
 
 def quantize_rows(x_TE: Tensor) -> tuple[Tensor, Tensor]:

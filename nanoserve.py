@@ -35,7 +35,7 @@ from torch import Tensor
 import kernels
 from batch import Batch, Chunk, Graphs, make_batch
 from checkpoint import Config, load_weights, random_weights, read_config
-from linear import DTYPES, Part, fastest_dtype
+from linear import DTYPES, QUANTIZATIONS, Part, fastest_dtype
 from model import Model
 from paged_kv import BlockTable, KVPool
 from sampling import SamplingParams, choose, describe, is_int, log_probabilities, noise_key
@@ -277,8 +277,9 @@ class LLM:
     runs the same kernels in Triton's interpreter, slowly. block_size: tokens per KV block; num_blocks: blocks
     in the pool; max_batched_tokens: tokens per step; None is what suits the device. max_seqs: texts that may be
     written at once. prefix_cache: whether to look for prompts' beginnings among blocks computed before.
-    cuda_graphs: whether decode steps are replayed; None: wherever attention is "triton" on a GPU. weights: those of
-    another LLM of the same model, to share; None: they are read.
+    cuda_graphs: whether decode steps are replayed; None: wherever attention is "triton" on a GPU. quantization: "int8"
+    or "fp8" brings the weights into 8 bits while they are loaded. weights: those of another LLM of the same model, to
+    share; None: they are read.
     Raises ValueError, in one sentence, for what does not exist or does not fit.
     """
 
@@ -304,6 +305,10 @@ class LLM:
                             ("max_batched_tokens", max_batched_tokens), ("max_seqs", max_seqs)):
             if value is not None and (not is_int(value) or not 0 < value < 2 ** 31):
                 raise ValueError(f"{what} is {str(value)[:50]}: it must be a whole number from 1 to 2147483647")
+        if quantization not in (None, *QUANTIZATIONS):
+            raise ValueError(f"quantization {quantization!r} is not supported: use {' or '.join(QUANTIZATIONS)}")
+        if quantization and c.stored:
+            raise ValueError(f"{self.folder} is stored in {c.stored} already: leave quantization out")
         kernels.check(attention, self.device, DTYPES[self.dtype], c.H, c.K, c.D, block_size)
         if cuda_graphs and attention != "triton":
             raise ValueError(f"cuda_graphs=True needs attention='triton', not {attention!r}: leave one of them out")

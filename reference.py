@@ -7,6 +7,7 @@ not even the reading of a config: a mistake would have to be made twice, in two 
     config     a config.json as a dict: GPT2 and LLAMA are the smallest, FAMILIES has one for each kind of checkpoint
     tensors    name -> tensor, as the checkpoint's file holds them: `tensors_of(config)`, at random, always the same
     folder     `write_checkpoint(folder, config, tensors)` is what the engine loads
+    8 bits     `in_8_bits(tensors, quantization)` are the tensors as such a file holds them, `dequantised` what they stand for
     logits     `plain(config, tensors, ids)` is what it must compute
 """
 
@@ -128,6 +129,69 @@ def write_checkpoint(folder: Path, config: dict, tensors: dict[str, Tensor], sha
         where |= dict.fromkeys(names[i::shards], file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return folder
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints stored in 8 bits: the layers that transformers calls Linear, each with its scales
+
+def compressed_tensors(kind: str, ignore: list[str] = ["lm_head"], format: str = "naive-quantized") -> dict:
+    """The `quantization_config` that llm-compressor writes for scales per row; `kind` is "int" or "float"."""
+    numbers = dict(num_bits=8, type=kind, symmetric=True, group_size=None)
+    group = dict(targets=["Linear"], weights=numbers | dict(strategy="channel", dynamic=False, observer="minmax"),
+                 input_activations=numbers | dict(strategy="token", dynamic=True, observer=None), output_activations=None)
+    return dict(quant_method="compressed-tensors", format=format, config_groups=dict(group_0=group), ignore=ignore,
+                kv_cache_scheme=None, quantization_status="compressed", global_compression_ratio=None)
+
+
+def fp8_blocks(ignore: list[str] = ["lm_head"]) -> dict:
+    """The `quantization_config` of DeepSeek-V3 and Qwen3: scales per block."""
+    return dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[128, 128],
+                modules_to_not_convert=ignore)
+
+
+def linear_layers(tensors: dict[str, Tensor]) -> list[str]:
+    return [name.removesuffix(".weight") for name in tensors if name.endswith(("_proj.weight", "lm_head.weight"))]
+
+
+def in_8_bits(tensors: dict[str, Tensor], quantization: dict, but: list[str] = ["lm_head"],
+              scale_dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The tensors as the file of a quantised checkpoint holds them: all linear layers but those named are in 8 bits."""
+    blocks, stored = quantization["quant_method"] == "fp8", dict(tensors)
+    integers = not blocks and quantization["config_groups"]["group_0"]["weights"]["type"] == "int"
+    largest = 127 if integers else 448
+    for layer in linear_layers(tensors):
+        if layer in but:
+            continue
+        weight = tensors[layer + ".weight"]
+        if blocks:
+            scale = torch.tensor([[block.abs().max() / largest for block in rows.split(128, 1)] for rows in weight.split(128)])
+        else:
+            scale = weight.abs().amax(1, keepdim=True) / largest
+        scale = scale.to(scale_dtype)
+        each = scale.float()
+        if blocks:
+            each = each.repeat_interleave(128, 0).repeat_interleave(128, 1)[:weight.shape[0], :weight.shape[1]]
+        numbers = (weight / each).clamp(-largest, largest)
+        stored[layer + ".weight"] = numbers.round().to(torch.int8) if integers else numbers.to(torch.float8_e4m3fn)
+        stored[layer + (".weight_scale_inv" if blocks else ".weight_scale")] = scale
+    return stored
+
+
+def dequantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the tensors of such a file stand for, in float64. A scale multiplies, also where it is called an inverse."""
+    meant = {}
+    for name, tensor in tensors.items():
+        if name.endswith(("_scale", "_scale_inv")):
+            continue
+        meant[name] = tensor.double()
+        if name + "_scale" in tensors:
+            for o, scale in enumerate(tensors[name + "_scale"].flatten().tolist()):
+                meant[name][o] *= scale
+        if name + "_scale_inv" in tensors:
+            for i, row in enumerate(tensors[name + "_scale_inv"].tolist()):
+                for j, scale in enumerate(row):
+                    meant[name][128 * i:128 * (i + 1), 128 * j:128 * (j + 1)] *= scale
+    return meant
 
 
 # ---------------------------------------------------------------------------------------------

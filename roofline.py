@@ -154,7 +154,7 @@ def measured_ceiling(device: torch.device, dtype: str) -> Ceiling:
     x = torch.zeros(1 << 27, device=device)
     size = 2048 if device.type == "cpu" else 8192
     x_TE, weight = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in "xw")
-    part = pack(Part(weight)) if device.type == "cpu" else None
+    part = pack(Part(weight), weight.dtype) if device.type == "cpu" else None
     product = (lambda: linear(x_TE, part)) if part else (lambda: x_TE @ weight.T)
 
     def least(call):   # a GPU's own clock: waiting for it takes a tenth of the time in which it reads x

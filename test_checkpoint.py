@@ -24,10 +24,11 @@ import checkpoint
 import cli
 import kernels
 import model
-from linear import Part
+from linear import Part, widen
 from nanoserve import LLM, SamplingParams
-from reference import (FAMILIES, GPT2, LLAMA, LLAMA3_ROPE, MISTRAL, QWEN2, QWEN3, llama_tensors, plain, plain_frequencies,
-                       plain_greedy, tensors_of, write_checkpoint)
+from reference import (FAMILIES, GPT2, LLAMA, LLAMA3_ROPE, MISTRAL, QWEN2, QWEN3, compressed_tensors, dequantised, fp8_blocks,
+                       in_8_bits, linear_layers, llama_tensors, plain, plain_frequencies, plain_greedy, tensors_of,
+                       write_checkpoint)
 from test_tokenizer import split_by, tokenizer_json
 
 HERE = Path(__file__).parent
@@ -205,7 +206,7 @@ def test_pairs_lie_side_by_side(heads, half, columns):
 def test_random_weights_have_the_shapes_of_loaded_ones(tmp_path, monkeypatch, name, dtype):
     write_checkpoint(tmp_path, FAMILIES[name], tensors_of(FAMILIES[name]))
     c = checkpoint.read_config(tmp_path)
-    monkeypatch.setattr(checkpoint, "pack", lambda part: part)   # a packed weight hides its shape
+    monkeypatch.setattr(checkpoint, "pack", lambda part, dtype: part)   # a packed weight hides its shape
     loaded, made_up = ({kind: [(part.weight, part.bias) for part in parts] for kind, parts in weights.items()} for weights in
                        (checkpoint.load_weights(tmp_path, c, CPU, dtype), checkpoint.random_weights(c, CPU, dtype)))
     shapes = [{kind: [[tensor is not None and tensor.shape for tensor in pair] for pair in pairs] for kind, pairs in weights.items()}
@@ -215,10 +216,13 @@ def test_random_weights_have_the_shapes_of_loaded_ones(tmp_path, monkeypatch, na
         assert tensor is None or tensor.dtype == dtype and tensor.is_contiguous()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama one KV head, own head size, biases, tied", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama one KV head, own head size, biases, tied", "qwen3", "qwen3 in 8 bits"])
 @pytest.mark.parametrize("random", [False, True])
 def test_what_is_multiplied_is_packed_and_its_plain_weight_let_go_at_once(tmp_path, monkeypatch, name, random):
-    write_checkpoint(tmp_path, FAMILIES[name], tensors_of(FAMILIES[name]))
+    if name == "qwen3 in 8 bits":
+        write_quantised(tmp_path, QWEN3 | ODD, fp8_blocks())
+    else:
+        write_checkpoint(tmp_path, FAMILIES[name], tensors_of(FAMILIES[name]))
     c, read = checkpoint.read_config(tmp_path), checkpoint.Checkpoint.read
     plain_weights, packed = [], []
 
@@ -226,10 +230,11 @@ def test_what_is_multiplied_is_packed_and_its_plain_weight_let_go_at_once(tmp_pa
         assert not [ref for ref in plain_weights if ref() is not None], "the part before is still there"
         return read(*arguments)
 
-    def pack(part):
-        assert part.weight.dtype == torch.float32 and part.weight.is_contiguous()
+    def pack(part, dtype):
+        assert part.weight.is_contiguous() and dtype == torch.float32
+        assert part.weight.dtype == (dtype if part.scale is None else torch.float8_e4m3fn)
         plain_weights.append(weakref.ref(part.weight))
-        packed.append(Part(part.weight.to_mkldnn(), part.bias))
+        packed.append(Part(widen(part, dtype).weight.to_mkldnn(), part.bias))
         return packed[-1]
     monkeypatch.setattr(checkpoint, "pack", pack)
     monkeypatch.setattr(checkpoint.Checkpoint, "read", nothing_plain_is_left)
@@ -278,7 +283,7 @@ def test_a_head_said_to_be_tied_is_its_own_if_any_row_differs(tmp_path, monkeypa
         tensors["lm_head.weight"][row, -1] += 3
     write_checkpoint(tmp_path, config, tensors)
     assert_logits(tmp_path, plain(config, tensors, ids), ids)   # the reference uses the head that is stored
-    monkeypatch.setattr(checkpoint, "pack", lambda part: part)
+    monkeypatch.setattr(checkpoint, "pack", lambda part, dtype: part)
     weights = checkpoint.load_weights(tmp_path, checkpoint.read_config(tmp_path), CPU, torch.bfloat16)
     assert torch.equal(weights["head"][0].weight, weights["embedding"][0].weight) == (row is None)
 
@@ -287,7 +292,7 @@ def test_a_head_that_equals_the_embedding_takes_no_memory_of_its_own(tmp_path, m
     config = LLAMA | dict(tie_word_embeddings=True)
     tensors = tensors_of(config)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    monkeypatch.setattr(checkpoint, "pack", lambda part: part)   # as on a GPU
+    monkeypatch.setattr(checkpoint, "pack", lambda part, dtype: part)   # as on a GPU
     weights = checkpoint.load_weights(write_checkpoint(tmp_path, config, tensors), checkpoint.read_config(tmp_path), CPU, torch.float32)
     assert weights["head"][0].weight is weights["embedding"][0].weight
 
@@ -372,6 +377,254 @@ def test_eos_ends_a_text_unless_ignored(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------
+# Weights stored in 8 bits
+
+QUANTISED = {"int8": compressed_tensors("int"), "fp8": compressed_tensors("float"), "blocks": fp8_blocks()}
+INT8, FP8, BLOCKS = QUANTISED.values()
+# No size is a multiple of 128; the first 128 rows of q end within a head, those of gate within its first half; q, k and v
+# Nothing is a multiple of 128: heads 2 and 5 of q cross from one block of rows into the next, and each last block is cut.
+ODD = dict(hidden_size=148, intermediate_size=200, num_attention_heads=6, num_key_value_heads=2, head_dim=44)
+
+
+def uneven(tensors):
+    """Rows, and blocks of 128 columns, of very different size: their scales differ as much."""
+    g, made = torch.Generator().manual_seed(5), dict(tensors)
+    for name in (layer + ".weight" for layer in linear_layers(tensors)):
+        out, inputs = tensors[name].shape
+        rows, blocks = (torch.exp2(torch.randint(-2, 2, (n,), generator=g).float()) for n in (out, -(-inputs // 128)))
+        made[name] = tensors[name] * rows[:, None] * blocks.repeat_interleave(128)[:inputs] * (32 / inputs) ** 0.5
+    return made
+
+
+def write_quantised(folder, config, quantization, **how):
+    """Odd as it is; returns what the tensors stand for."""
+    tensors = in_8_bits(uneven(llama_tensors(config)), quantization, **how)
+    write_checkpoint(folder, config | dict(quantization_config=quantization), tensors)
+    return dequantised(tensors)
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("base", [LLAMA, QWEN2, QWEN3])
+def test_what_is_stored_in_8_bits_gives_the_logits_of_what_it_stands_for(tmp_path, kind, base):
+    meant, ids = write_quantised(tmp_path, base | ODD, QUANTISED[kind]), list(range(40))
+    assert_logits(tmp_path, plain(base | ODD, meant, ids), ids)
+    c = checkpoint.read_config(tmp_path)
+    assert c.stored == {"int8": "int8", "fp8": "fp8", "blocks": "fp8"}[kind] and c.blocks == (kind == "blocks")
+
+
+@settings(max_examples=60)
+@given(data=st.data(), base=st.sampled_from([LLAMA, QWEN2, QWEN3]), kind=st.sampled_from(list(QUANTISED)), heads=st.integers(1, 6),
+       D=st.sampled_from([2, 6, 44, 64, 130]), E=st.integers(1, 300), I=st.integers(1, 300), tied=st.booleans(),
+       scale_dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), flat=st.booleans(), shards=st.integers(1, 3))
+def test_any_layers_may_be_stored_in_8_bits(tmp_path, data, base, kind, heads, D, E, I, tied, scale_dtype, flat, shards):
+    """Whatever the sizes, the type and form of the scales, which layers are left out, and in which words."""
+    config = base | dict(num_attention_heads=heads, hidden_size=E, intermediate_size=I, head_dim=D, tie_word_embeddings=tied,
+                         num_key_value_heads=data.draw(st.sampled_from([k for k in range(1, heads + 1) if heads % k == 0])))
+    tensors = llama_tensors(config)
+    layers = linear_layers(tensors)
+    but = data.draw(st.lists(st.sampled_from(layers), unique=True), "not in 8 bits")
+    words = [data.draw(st.sampled_from([layer, "re:.*" + layer.removeprefix("model."), "re:" + layer])) for layer in but]
+    if all(layer in but for layer in layers if "layers.1.mlp" in layer):
+        words = [word for word in words if "layers.1.mlp" not in word] + ["model.layers.1.mlp"]
+    key = "ignore" if kind != "blocks" else data.draw(st.sampled_from(["modules_to_not_convert", "ignored_layers"]))
+    quantization = {k: v for k, v in QUANTISED[kind].items() if k != "modules_to_not_convert"} | {key: words or data.draw(
+        st.sampled_from([None, []]))}
+    stored = in_8_bits(uneven(tensors), quantization, but, scale_dtype)
+    if flat and kind != "blocks":
+        stored = {name: tensor.flatten() if name.endswith("_scale") else tensor for name, tensor in stored.items()}
+    write_checkpoint(tmp_path, config | dict(quantization_config=quantization), stored, shards)
+    ids = torch.randint(61, (9,), generator=torch.Generator().manual_seed(1)).tolist()
+    assert_logits(tmp_path, plain(config, dequantised(stored), ids), ids, attention="torch")
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("base", [LLAMA | dict(attention_bias=True), QWEN3])
+def test_8_bits_stay_8_bits_in_our_layout_with_a_scale_for_every_row(tmp_path, monkeypatch, kind, base):
+    meant = write_quantised(tmp_path, base | ODD, QUANTISED[kind])
+    monkeypatch.setattr(checkpoint, "pack", lambda part, dtype: part)
+    weights = checkpoint.load_weights(tmp_path, checkpoint.read_config(tmp_path), CPU, torch.bfloat16)
+    H, K, D = 6, 2, 44
+    for l in range(2):
+        m = {name.split(".")[-2]: tensor for name, tensor in meant.items() if f"layers.{l}." in name and name.endswith("weight")}
+        pairs = [h * D + i + half for h in range(H + K) for i in range(D // 2) for half in (0, D // 2)]
+        ours = dict(qkv=torch.cat([torch.cat([m["q_proj"], m["k_proj"]])[pairs], m["v_proj"]]), out=m["o_proj"],
+                    up=torch.cat([m["gate_proj"], m["up_proj"]]), down=m["down_proj"])
+        for name, expected in ours.items():
+            part, G = weights[name][l], -(-expected.shape[1] // 128) if kind == "blocks" else 1
+            assert part.weight.dtype == (torch.int8 if kind == "int8" else torch.float8_e4m3fn) and part.weight.shape == expected.shape
+            assert part.scale.dtype == torch.float32 and part.scale.shape == (len(expected), G)
+            assert part.weight.is_contiguous() and part.scale.is_contiguous()
+            each = part.scale.double().repeat_interleave(128 if G > 1 else expected.shape[1], 1)[:, :expected.shape[1]]
+            assert torch.equal(part.weight.double() * each, expected)
+            assert part.bias is None or part.bias.dtype == torch.bfloat16
+    assert all(part.scale is None and part.weight.dtype == torch.bfloat16
+               for name in ("embedding", "head", "attn_norm", "mlp_norm", "final_norm") for part in weights[name])
+
+
+@settings(max_examples=100)
+@given(out=st.integers(1, 5), inputs=st.integers(1, 400), blocks=st.booleans(), integers=st.booleans(), seed=st.integers(0, 99),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_a_widened_part_is_every_number_times_its_scale(out, inputs, blocks, integers, seed, dtype):
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-127, 128, (out, inputs), generator=g).to(torch.int8)
+    weight = weight if integers else (weight.float() / 3).to(torch.float8_e4m3fn)
+    scale, bias = torch.rand(out, -(-inputs // 128) if blocks else 1, generator=g) + 0.1, torch.ones(out)
+    expected = [[weight[o, i].double() * scale[o, i // 128 if blocks else 0] for i in range(inputs)] for o in range(out)]
+    part = widen(Part(weight, bias, scale), dtype)
+    assert part.weight.dtype == dtype and part.bias is bias and part.scale is None
+    torch.testing.assert_close(part.weight, torch.tensor(expected).to(dtype), rtol=1e-6 if dtype == torch.float32 else 0.01, atol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_head_in_8_bits_is_its_own_even_if_said_to_be_tied(tmp_path, kind, tied):
+    config, ids, quantization = LLAMA | ODD | dict(tie_word_embeddings=tied), list(range(40)), dict(QUANTISED[kind])
+    quantization.pop("ignore", None), quantization.pop("modules_to_not_convert", None)
+    stored = in_8_bits(llama_tensors(LLAMA | ODD), quantization, but=[])
+    stored["model.embed_tokens.weight"] = stored["lm_head.weight"].float()   # the same numbers, but for their scales
+    write_checkpoint(tmp_path, config | dict(quantization_config=quantization), stored)
+    assert_logits(tmp_path, plain(config, dequantised(stored), ids), ids)
+
+
+def groups(change, kind="int", part="weights"):
+    """A quantization_config whose group has other weights, or activations."""
+    said = compressed_tensors(kind)
+    group = said["config_groups"]["group_0"]
+    return said | dict(config_groups=dict(group_0=group | {part: group[part] | change}))
+
+
+UNSUPPORTED = {   # what a config says, and what the refusal must name
+    "gptq": (dict(quant_method="gptq", bits=8), "quant_method", "gptq"),
+    "awq": (dict(quant_method="awq", bits=4), "quant_method", "awq"),
+    "bitsandbytes": (dict(quant_method="bitsandbytes", load_in_8bit=True), "quant_method", "bitsandbytes"),
+    "mxfp4": (dict(quant_method="mxfp4"), "quant_method", "mxfp4"),
+    "no method": (dict(bits=8), "quant_method", "null"),
+    "method as a list": (BLOCKS | dict(quant_method=["fp8"]), "quant_method"),
+    "not an object": (["fp8"], "quantization_config", "fp8"),
+    "fp8, static activations": (BLOCKS | dict(activation_scheme="static"), "activation_scheme", "static"),
+    "fp8, other blocks": (BLOCKS | dict(weight_block_size=[64, 128]), "weight_block_size", "[64, 128]"),
+    "fp8, no blocks": ({k: v for k, v in BLOCKS.items() if k != "weight_block_size"}, "weight_block_size", "null"),
+    "fp8, e5m2": (BLOCKS | dict(fmt="e5m2"), "fmt", "e5m2"),
+    "packed": (INT8 | dict(format="pack-quantized"), "format", "pack-quantized"),
+    "mixed": (INT8 | dict(format="mixed-precision"), "format", "mixed-precision"),
+    "no format": (INT8 | dict(format=None), "format", "null"),
+    "keys and values": (INT8 | dict(kv_cache_scheme=dict(num_bits=8, type="float")), "kv_cache_scheme"),
+    "sparse": (INT8 | dict(sparsity_config=dict(format="sparse-24-bitmask")), "sparsity_config", "sparse-24-bitmask"),
+    "rotated": (INT8 | dict(transform_config=dict(config_groups=dict(R1={}))), "transform_config", "R1"),
+    "4 bits": (groups(dict(num_bits=4)), "group_0.weights.num_bits", "4"),
+    "groups": (groups(dict(strategy="group", group_size=128)), "weights.strategy", "group"),
+    "tensor": (groups(dict(strategy="tensor"), "float"), "weights.strategy", "tensor"),
+    "asymmetric": (groups(dict(symmetric=False)), "weights.symmetric", "false"),
+    "dynamic weights": (groups(dict(dynamic=True)), "weights.dynamic", "true"),
+    "a type of numbers": (groups(dict(type="complex")), "weights.type", "complex"),
+    "static activations": (groups(dict(dynamic=False), part="input_activations"), "input_activations.dynamic", "false"),
+    "activations by tensor": (groups(dict(strategy="tensor"), part="input_activations"), "input_activations.strategy", "tensor"),
+    "asymmetric activations": (groups(dict(symmetric=False), part="input_activations"), "input_activations.symmetric", "false"),
+    "4-bit activations": (groups(dict(num_bits=4), part="input_activations"), "input_activations.num_bits", "4"),
+    "other activations": (groups(dict(type="float"), part="input_activations"), "input_activations.type", "float"),
+    "no activations": (INT8 | dict(config_groups=dict(group_0=dict(INT8["config_groups"]["group_0"], input_activations=None))),
+                       "input_activations"),
+    "outputs": (INT8 | dict(config_groups=dict(group_0=dict(INT8["config_groups"]["group_0"], output_activations=dict(num_bits=8)))),
+                "output_activations"),
+    "a group's own format": (INT8 | dict(config_groups=dict(group_0=dict(INT8["config_groups"]["group_0"], format="marlin-24"))),
+                             "group_0.format", "marlin-24"),
+    "two types": (INT8 | dict(config_groups=INT8["config_groups"] | dict(g=FP8["config_groups"]["group_0"])), "g.weights.type", "float"),
+    "a group by name": (INT8 | dict(config_groups=dict(W8A8=["Linear"])), "W8A8"),
+    "ignore as text": (INT8 | dict(ignore="lm_head"), "ignore", "lm_head"),
+    "ignore as numbers": (BLOCKS | dict(modules_to_not_convert=[1]), "modules_to_not_convert"),
+    "ignore with a torn pattern": (INT8 | dict(ignore=["re:("]), "ignore", "re:("),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_another_way_to_quantise_is_refused_by_name_before_any_weight_is_read(tmp_path, capfd, monkeypatch, name):
+    said, *words = UNSUPPORTED[name]
+    write_checkpoint(tmp_path, LLAMA | dict(quantization_config=said), llama_tensors(LLAMA))
+    monkeypatch.setattr(checkpoint.Checkpoint, "__init__", lambda *a: pytest.fail("opened the weights"))
+    assert cli.main(["--model", str(tmp_path), "--prompt", "x"]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and all(word in err for word in ["config.json", *words]), err
+
+
+@pytest.mark.parametrize("more", [dict(sparsity_config={}, transform_config={}, version="0.12.2"),
+                                  dict(sparsity_config=dict(format="dense", global_sparsity=0.1), quantization_status="frozen"),
+                                  dict(format="int-quantized"), dict(format="float-quantized"), dict(config_groups={})])
+def test_what_other_versions_write_is_read(tmp_path, more):
+    write_checkpoint(tmp_path, LLAMA | dict(quantization_config=INT8 | more), {})
+    assert checkpoint.read_config(tmp_path).stored == ("int8" if more.get("config_groups") is None else None)
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_gpt2_in_8_bits_is_refused(tmp_path, kind):
+    write_checkpoint(tmp_path, GPT2 | dict(quantization_config=QUANTISED[kind]), {})
+    with pytest.raises(ValueError, match="quantization_config.*gpt2"):
+        checkpoint.read_config(tmp_path)
+
+
+DOWN, Q = "model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"   # [148, 200] and [264, 148]
+ROWS, BLOCK = {"int8": DOWN + "_scale", "fp8": DOWN + "_scale"}, {"blocks": DOWN + "_scale_inv"}
+DAMAGED = {   # which tensor, in which checkpoints; what becomes of it; what the refusal must name besides
+    "missing": (ROWS | BLOCK, lambda scale: None, "missing"),
+    "a row too few": (ROWS | BLOCK, lambda scale: scale[1:].clone(), "shape"),
+    "transposed": (ROWS | {"blocks": Q + "_scale_inv"}, lambda scale: scale.T.contiguous(), "shape"),
+    "per block, not per row": (ROWS, lambda scale: torch.ones(2, 2), "[2, 2]", "[148, 1]"),
+    "per row, not per block": (BLOCK, lambda scale: torch.ones(148, 1), "[148, 1]", "[2, 2]"),
+    "per tensor": (ROWS | BLOCK, lambda scale: torch.ones(1), "[1]"),
+    "of integers": (ROWS | BLOCK, lambda scale: scale.to(torch.int8), "I8"),
+    "in 8 bits": (ROWS | BLOCK, lambda scale: scale.to(torch.float8_e4m3fn), "F8_E4M3"),
+    **{f"one is {bad}": (ROWS | BLOCK, lambda scale, bad=bad: scale.index_fill(0, torch.tensor([1]), bad), "above 0")
+       for bad in (0.0, -1e-3, math.nan, math.inf, -math.inf)},
+    "weight in another type": ({"int8": DOWN}, lambda weight: weight.float().to(torch.float8_e4m3fn), "F8_E4M3"),
+    "weight in integers": ({"fp8": DOWN, "blocks": DOWN}, lambda weight: weight.float().to(torch.int8), "I8"),
+    "weight in e5m2": ({"fp8": DOWN, "blocks": DOWN}, lambda weight: weight.float().to(torch.float8_e5m2), "F8_E5M2"),
+    "weight in floats beside scales": ({"int8": DOWN, "fp8": DOWN, "blocks": DOWN}, lambda weight: weight.float(), "scale", "no place"),
+    "a norm in 8 bits": (dict.fromkeys(QUANTISED, "model.norm.weight"), lambda norm: norm.to(torch.int8), "I8"),
+    "the embedding in 8 bits": (dict.fromkeys(QUANTISED, "model.embed_tokens.weight"), lambda e: e.to(torch.float8_e4m3fn), "F8_E4M3"),
+}
+
+
+@pytest.mark.parametrize("kind, name", [(kind, name) for name, (where, *_) in DAMAGED.items() for kind in where])
+def test_a_damaged_scale_is_refused_in_one_sentence_that_names_it(tmp_path, capfd, kind, name):
+    where, change, *words = DAMAGED[name]
+    tensors = in_8_bits(llama_tensors(LLAMA | ODD), QUANTISED[kind])
+    tensors[where[kind]] = change(tensors[where[kind]])
+    write_checkpoint(tmp_path, LLAMA | ODD | dict(quantization_config=QUANTISED[kind]),
+                     {name: tensor for name, tensor in tensors.items() if tensor is not None})
+    assert cli.main(["--model", str(tmp_path), "--prompt", "x"]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1, err
+    assert all(word in err for word in [where[kind].removeprefix("model."), *words]), err
+
+
+@pytest.mark.parametrize("kind, key", [("int8", "ignore"), ("fp8", "ignore"), ("blocks", "modules_to_not_convert"),
+                                       ("blocks", "ignored_layers")])
+@pytest.mark.parametrize("word", ["model.layers.1.mlp.down_proj", "model.layers.1.mlp", "re:.*down_proj$", "re:.*layers\\.1\\."])
+def test_a_layer_said_to_be_left_out_and_yet_stored_in_8_bits_is_refused_by_name(tmp_path, kind, key, word):
+    said = {k: v for k, v in QUANTISED[kind].items() if k != "modules_to_not_convert"}
+    write_quantised(tmp_path, LLAMA | ODD, said | {key: ["lm_head", "model.layers.1.mlp.down", word]})
+    c = checkpoint.read_config(tmp_path)
+    with pytest.raises(ValueError, match=r"tensor model\.layers\.\d\..* is stored as (I8|F8_E4M3): beside this config\.json only float32"):
+        checkpoint.load_weights(tmp_path, c, CPU, torch.float32)
+    write_quantised(tmp_path, LLAMA | ODD, said | {key: ["lm_head", "model.layers.1.mlp.down", "re:down_proj"]})
+    checkpoint.load_weights(tmp_path, checkpoint.read_config(tmp_path), CPU, torch.float32)   # these name no layer
+
+
+def test_scales_that_have_no_use_are_refused_by_name(tmp_path):
+    for name in ("weight_zero_point", "input_scale"):
+        tensors = in_8_bits(llama_tensors(LLAMA), INT8) | {f"model.layers.0.mlp.down_proj.{name}": torch.zeros(1)}
+        write_checkpoint(tmp_path, LLAMA | dict(quantization_config=INT8), tensors)
+        with pytest.raises(ValueError, match=f"down_proj.{name} has no place"):
+            LLM(tmp_path)
+
+
+def test_8_bits_that_no_config_speaks_of_are_refused(tmp_path):
+    tensors = in_8_bits(llama_tensors(LLAMA), INT8)
+    write_checkpoint(tmp_path, LLAMA, tensors)
+    with pytest.raises(ValueError, match="is stored as I8"):
+        LLM(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------
 # Everything that can be wrong with a checkpoint, and what the error must name
 
 def broken(name, *words):
@@ -393,7 +646,6 @@ broken("rope type", "yarn")(lambda f, c, t: rewrite(f, c, rope_scaling={"rope_ty
 broken("rope type as a list", "rope type")(lambda f, c, t: rewrite(f, c, rope_scaling={"rope_type": ["linear"], "factor": 2.0}))
 broken("rope without its factor", "factor")(lambda f, c, t: rewrite(f, c, rope_scaling={"type": "linear"}))
 broken("activation", "swish7")(lambda f, c, t: rewrite(f, c, hidden_act="swish7"))
-broken("quantised", "quantization_config")(lambda f, c, t: rewrite(f, c, quantization_config={"bits": 4}))
 broken("eps as text", "rms_norm_eps", "1e-5")(lambda f, c, t: rewrite(f, c, rms_norm_eps="1e-5"))
 broken("eps below 0", "rms_norm_eps")(lambda f, c, t: rewrite(f, c, rms_norm_eps=-1))
 broken("architectures as a number", "architectures")(lambda f, c, t: rewrite(f, c, architectures=5))

@@ -32,7 +32,7 @@ def test_a_packed_part_gives_the_product(poisoned, rows, inputs, outputs, dtype,
     x, weight = (x.T.contiguous().T, weight.T.contiguous().T) if transposed else (x, weight)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "SMALL", 1 << 20 if small else 0)
-        part = pack(Part(weight, bias if biased else None))
+        part = pack(Part(weight, bias if biased else None), weight.dtype)
     assert part.weight.is_mkldnn == (linear.has_instructions_for(dtype) and not (small and dtype == torch.float32))
     weight.fill_(torch.nan)   # the plain weight may be let go
     if not part.weight.is_mkldnn:
@@ -48,7 +48,7 @@ def test_a_packed_part_gives_the_product(poisoned, rows, inputs, outputs, dtype,
 def test_a_plain_part_gives_the_product(poisoned, rows, biased, seed):
     rng = np.random.default_rng(seed)
     x, weight, bias = (torch.from_numpy(rng.standard_normal(shape)).float() for shape in ((rows, 12), (30, 12), (30,)))
-    part = pack(Part(weight, bias if biased else None))
+    part = pack(Part(weight, bias if biased else None), weight.dtype)
     assert part.weight is weight
     np.testing.assert_allclose(linear.linear(x, part), x.numpy() @ weight.numpy().T + (bias.numpy() if biased else 0), atol=1e-5)
 
@@ -57,7 +57,7 @@ def test_a_row_is_the_same_in_any_company(poisoned):
     """One step's rows are multiplied together: none may change what another gets beyond rounding."""
     for outputs, inputs in ((300, 192), (640, 520)):
         generator = torch.Generator().manual_seed(0)
-        part, x = pack(Part(torch.randn(outputs, inputs, generator=generator))), torch.randn(33, inputs, generator=generator)
+        part, x = pack(Part(torch.randn(outputs, inputs, generator=generator)), torch.float32), torch.randn(33, inputs, generator=generator)
         together = linear.linear(x, part)
         for row in range(33):
             torch.testing.assert_close(linear.linear(x[row:row + 1], part)[0], together[row], rtol=1e-5, atol=1e-4)
