@@ -86,9 +86,7 @@ def fastest_dtype(stored: str, device: torch.device, out: int, inputs: int) -> t
 #
 #     y[t, o] = bias[o] + sum over groups g of x_scale[t, g] * w_scale[o, g] * (xq[t] . wq[o] over the columns of g)
 #
-# e4m3 is a small float16: sign, 4 bits of exponent instead of 5, 3 bits of mantissa instead of 10. So a shift puts its
-# bits in their places, subnormal numbers included, and what comes out is 256 times too small, as the exponents of the
-# two count from 7 and 15. Every GPU can do this, and products of float16 in float32 are exact.
+# FP8 (e4m3) is widened to float16 in registers: every GPU multiplies that, and its products in float32 are exact.
 
 GROUP = 128   # columns
 FEW = 32      # rows; as many cost as much as one, the time of reading the weight
@@ -132,12 +130,12 @@ def torch_multiplies(x_TE: Tensor, part: Part) -> bool:
 
 
 def product_options(T: int, out: int, device: torch.device) -> dict:
-    """Tile and launch shape. For few rows a program's four warps have 16 outputs each, all columns; where that makes
-    fewer programs than the GPU has multiprocessors, two or four warps share 16 outputs and split the columns."""
+    """Tile and launch shape. For few rows a program has four warps of 16 outputs. Two share 16 outputs and split the
+    columns between them; or all four, where 32 outputs a program would be fewer programs than multiprocessors."""
     if T > FEW:
         return dict(ROWS=64, TILE=128, SPLITS=1, num_warps=8, num_stages=3)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    splits = next((splits for splits in (1, 2) if out * splits >= 64 * processors), 4)
+    splits = 2 if out >= 32 * processors else 4
     return dict(ROWS=16 if T <= 16 else 32, TILE=64 // splits, SPLITS=splits, num_warps=4, num_stages=4)
 
 
@@ -190,9 +188,19 @@ def _load_bytes(ptr, row_R, rows, begin, E, GROUP: tl.constexpr, SPLITS: tl.cons
         row, column = row_R[:, None], tl.arange(0, GROUP)[None, :]
     there = (row < rows) & (begin + column < E)
     tile = tl.load(ptr + row.to(tl.int64) * E + begin + column, mask=there, other=0)
-    if FP8:   # bit 14 is a copy of the sign, of which one is enough
-        tile = ((tile.to(tl.int16) << 7) & -0x4001).to(tl.float16, bitcast=True)
+    if FP8:
+        tile = _widen(tile)
     return tile
+
+
+@jit
+def _widen(tile):
+    """Bytes of e4m3 as float16. e4m3 is a small float16: the sign, 4 bits of exponent of 5, 3 bits of mantissa of 10. So
+    a shift puts its bits in their places, subnormal numbers included; what comes out is 256 times too small, as
+    exponents count from 7 here and from 15 there. Newer GPUs have an instruction for it."""
+    if tl.target_info.cuda_capability_geq(8, 9):
+        return tile.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    return ((tile.to(tl.int16) << 7) & -0x4001).to(tl.float16, bitcast=True) * 256.0   # bit 14 was the sign again
 
 
 @jit
@@ -246,8 +254,6 @@ def _product_kernel(x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, y_ptr, T, 
             sums = tl.dot(w, x, sums, out_dtype=EXACT)
     if SPLITS > 1:
         sums = tl.sum(sums, 0)
-    if FP8:
-        sums *= 65536.0   # 256 for each side
     _finish(sums, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, out_F, row_R, T, OUT, GROUPED)
 
 
