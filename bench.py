@@ -8,8 +8,8 @@
     python bench.py serve       continuous and static batching, chunked prefill, prefix cache, on the same requests
     python bench.py sampling    what choosing tokens costs beside the rest of a decode step
     python bench.py cpu         prefill and decode on this CPU, beside transformers where that is installed
-    python bench.py kernels     attention and 8-bit products: without a GPU, what the compiler makes of them for GPUs that are
-                                not here; with one, whether they are right and how near to its limits they run
+    python bench.py kernels     attention and 8-bit products: without a GPU, what the compiler makes of their kernels for
+                                GPUs that are not here; with one, whether they are right and how near to its limits
 
 Whoever else works on the machine disturbs a measurement. So what is compared is measured in turns, and the median turn
 counts; a ratio on which the turns do not agree is not printed.
@@ -718,7 +718,7 @@ def time_decode(device: torch.device, dtype: torch.dtype, loads: list[tuple[int,
 
 
 def check_products(device: torch.device, shapes: list[tuple[int, int, int]]):
-    """8-bit products of (rows, outputs, inputs) against float64, on fresh random data. Exits at the first that differs."""
+    """8-bit products of (rows, outputs, inputs) against float64, on fresh data. Exits at the first that differs."""
     worst = 0.0
     for (T, out, inputs), kind in itertools.product(shapes, BYTES):
         progress(f"checking {kind}, {T} x {inputs} x {out}")
@@ -729,7 +729,8 @@ def check_products(device: torch.device, shapes: list[tuple[int, int, int]]):
         room = 1e-5 * (x_TE.abs() @ w_FE.abs().T)
         error = ((linear.linear_triton(x, part) - x_TE @ w_FE.T).abs() / room).max().item()
         if not error < 1:
-            sys.exit(f"bench.py: {kind}, {T} x {inputs} x {out}: the largest error is {error:.1f} times what rounding explains")
+            sys.exit(f"bench.py: {kind}, {T} x {inputs} x {out}: the largest error is {error:.1f} times what rounding "
+                     "explains")
         worst = max(worst, error)
     progress("")
     print(f"All 8-bit products equal those of float64; the largest error is {worst:.0%} of what rounding explains.")
@@ -742,20 +743,21 @@ def time_products(device: torch.device, shapes: list[tuple[int, int]], bandwidth
         name, moved = f"{kind}, {T} x {inputs} x {out}", out * inputs
         progress(f"multiplying {name}")
         if kind == "int8":
-            sets = cold(lambda: [torch.randn(n, inputs, device=device, dtype=torch.bfloat16) for n in (T, out)], 2 * moved)
+            sets = cold(lambda: [torch.randn(n, inputs, device=device, dtype=torch.bfloat16) for n in (T, out)],
+                        2 * moved)
             plain = gpu_seconds([partial(F.linear, *s) for s in sets])
         sets = cold(lambda: [torch.randn(T, inputs, device=device, dtype=torch.bfloat16),
                              random_part(out, inputs, kind, device)], moved)
         ours = gpu_seconds([partial(linear.linear_triton, *s) for s in sets])
         if T <= linear.FEW:
-            few.append([name, f"{ours * 1e6:.1f} us", f"{moved / bandwidth * 1e6:.1f} us", f"{moved / ours / bandwidth:.0%}",
-                        plain / ours])
+            few.append([name, f"{ours * 1e6:.1f} us", f"{moved / bandwidth * 1e6:.1f} us",
+                        f"{moved / ours / bandwidth:.0%}", plain / ours])
         else:
             with patch.object(linear, "torch_multiplies", lambda x, part: False):
                 kernel = gpu_seconds([partial(linear.linear_triton, *s) for s in sets])
             operations = 2 * T * out * inputs
-            many.append([name, f"{operations / ours / 1e12:.0f} TFLOP/s", f"{operations / ours / peak:.0%}", plain / ours,
-                         plain / kernel])
+            many.append([name, f"{operations / ours / 1e12:.0f} TFLOP/s", f"{operations / ours / peak:.0%}",
+                         plain / ours, plain / kernel])
         del sets
     print_table("8-bit products of few rows", ["", "time", "weight / bandwidth", "reached", "speed / bfloat16"], few)
     print_table("8-bit products of many rows", ["", "rate", "of the bfloat16 product", "speed / bfloat16",

@@ -183,7 +183,8 @@ def _quantize_rows_kernel(x_ptr, q_ptr, scale_ptr, x_stride, E, G,
 def _load_bytes(ptr, row_R, rows, begin, E, GROUP: tl.constexpr, SPLITS: tl.constexpr, FP8: tl.constexpr):
     """Columns [begin, begin + SPLITS * GROUP) of these rows, [SPLITS, R, GROUP], or [R, GROUP] for one split."""
     if SPLITS > 1:
-        row, column = row_R[None, :, None], tl.arange(0, SPLITS)[:, None, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+        row, column = row_R[None, :, None], tl.arange(0, GROUP)[None, None, :]
+        column += tl.arange(0, SPLITS)[:, None, None] * GROUP
     else:
         row, column = row_R[:, None], tl.arange(0, GROUP)[None, :]
     there = (row < rows) & (begin + column < E)
@@ -195,8 +196,8 @@ def _load_bytes(ptr, row_R, rows, begin, E, GROUP: tl.constexpr, SPLITS: tl.cons
 
 @jit
 def _widen(tile):
-    """Bytes of e4m3 as float16. e4m3 is a small float16: the sign, 4 bits of exponent of 5, 3 bits of mantissa of 10. So
-    a shift puts its bits in their places, subnormal numbers included; what comes out is 256 times too small, as
+    """Bytes of e4m3 as float16. e4m3 is a small float16: the sign, 4 bits of exponent of 5, 3 bits of mantissa of 10.
+    So a shift puts its bits in their places, subnormal numbers included; what comes out is 256 times too small, as
     exponents count from 7 here and from 15 there. Newer GPUs have an instruction for it."""
     if tl.target_info.cuda_capability_geq(8, 9):
         return tile.to(tl.float8e4nv, bitcast=True).to(tl.float16)
@@ -240,7 +241,7 @@ def _product_kernel(x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, y_ptr, T, 
     """
     out_F = tl.program_id(0) * TILE + tl.arange(0, TILE)
     row_R = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    EXACT: tl.constexpr = tl.float32 if FP8 else tl.int32   # holds sums of products without loss
+    EXACT: tl.constexpr = tl.float32 if FP8 else tl.int32   # products are exact in it; so are sums of int8's
     sums = tl.zeros([SPLITS, TILE, ROWS] if SPLITS > 1 else [TILE, ROWS], tl.float32 if GROUPED else EXACT)
     for begin in range(0, E, SPLITS * GROUP):
         w = _load_bytes(w_ptr, out_F, OUT, begin, E, GROUP, SPLITS, FP8)
