@@ -8,7 +8,7 @@
     python bench.py serve       continuous and static batching, chunked prefill, prefix cache, on the same requests
     python bench.py sampling    what choosing tokens costs beside the rest of a decode step
     python bench.py cpu         prefill and decode on this CPU, beside transformers where that is installed
-    python bench.py kernels     attention and 8-bit products: without a GPU, what the compiler makes of their kernels for
+    python bench.py kernels     attention and 8-bit products: without a GPU, what the compiler makes of them for
                                 GPUs that are not here; with one, whether they are right and how near to its limits
 
 Whoever else works on the machine disturbs a measurement. So what is compared is measured in turns, and the median turn
