@@ -8,8 +8,8 @@
     python bench.py serve       continuous and static batching, chunked prefill, prefix cache, on the same requests
     python bench.py sampling    what choosing tokens costs beside the rest of a decode step
     python bench.py cpu         prefill and decode on this CPU, beside transformers where that is installed
-    python bench.py kernels     the attention kernels: without a GPU, what the compiler makes of them for GPUs that are
-                                not here; with one, whether they are right and how near to its limits they run
+    python bench.py kernels     attention and 8-bit products: without a GPU, what the compiler makes of them for
+                                GPUs that are not here; with one, whether they are right and how near to its limits
 
 Whoever else works on the machine disturbs a measurement. So what is compared is measured in turns, and the median turn
 counts; a ratio on which the turns do not agree is not printed.
@@ -48,6 +48,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
+import linear
 import nanoserve
 from batch import Chunk, make_batch
 from checkpoint import DTYPES, Config, read_config
@@ -598,6 +599,22 @@ def launch_all(D: int, dtype: torch.dtype = torch.bfloat16, S: int = 64, H: int 
     kernels.attention_triton(q, k, v, batch, scale, window)
 
 
+BYTES = {"int8": (torch.int8, 1), "fp8": (torch.float8_e4m3fn, 1), "fp8 blocks": (torch.float8_e4m3fn, 128)}
+
+
+def random_part(out: int, inputs: int, kind: str, device: torch.device | str = "cpu") -> linear.Part:
+    """A weight of int8, or FP8 with a scale per row or per row and 128 columns."""
+    dtype, columns = BYTES[kind]
+    weight = (torch.randn(out, inputs, device=device) * 40).clamp(-127, 127).to(dtype)
+    return linear.Part(weight, None, torch.rand(out, -(-inputs // 128) if columns > 1 else 1, device=device) / 1000)
+
+
+def launch_products(kind: str, rows: int, out: int = 2048, inputs: int = 2048, by_torch: bool = False):
+    """One launch of the kernels that multiply so many rows."""
+    with patch.object(linear, "torch_multiplies", lambda x, part: by_torch):
+        linear.linear_triton(torch.randn(rows, inputs, dtype=torch.bfloat16), random_part(out, inputs, kind))
+
+
 def show_compiled():
     rows = []
     for D, capability in itertools.product((64, 128, 256), SHARED):
@@ -605,10 +622,15 @@ def show_compiled():
         for c in compile_launches(lambda: launch_all(D), capability):
             rows.append([f"{c.pop('kernel')}, D = {D}", *c.values()])
     rows.sort(key=lambda row: row[0].split(",")[0])
-    print_table("The kernels as compiled for bfloat16, 32 query and 8 KV heads, blocks of 64 tokens",
+    for kind, T, capability in itertools.product(BYTES, (16, 512), SHARED):
+        progress(f"compiling for sm_{capability}, {kind}, {T} rows")
+        for c in compile_launches(partial(launch_products, kind, T), capability):
+            if T == 16 or c["kernel"] == "product":
+                rows.append([f"{c.pop('kernel')}, {kind}, {T} rows", *c.values()])
+    print_table("The kernels as compiled for bfloat16, 32 query and 8 KV heads, blocks of 64 tokens; 2048 inputs",
                 ["kernel", "GPU", "tile", "warps", "stages", "regs", "spills", "KiB", "units", "per SM", "occupied"],
                 rows)
-    print("\ntile: query rows x keys; regs: registers per thread; spills: bytes of them that did not fit;\n"
+    print("\ntile: query rows x keys, or rows x outputs; regs: registers per thread; spills: bytes that did not fit;\n"
           "KiB: shared memory; units: the instruction that feeds the matrix units; per SM: programs that fit\n"
           "on a multiprocessor by registers, shared memory and warps; occupied: how many of its warps they fill")
 
@@ -695,6 +717,53 @@ def time_decode(device: torch.device, dtype: torch.dtype, loads: list[tuple[int,
                 ["", "time", "K and V read at", "of the copy"], rows)
 
 
+def check_products(device: torch.device, shapes: list[tuple[int, int, int]]):
+    """8-bit products of (rows, outputs, inputs) against float64, on fresh data. Exits at the first that differs."""
+    worst = 0.0
+    for (T, out, inputs), kind in itertools.product(shapes, BYTES):
+        progress(f"checking {kind}, {T} x {inputs} x {out}")
+        part, x = random_part(out, inputs, kind, device), torch.randn(T, inputs, device=device)
+        q, scale = linear.quantize_rows_triton(x, part.weight.dtype, part.scale.shape[1])
+        group_of = torch.arange(inputs, device=device) // 128 % scale.shape[1]   # of each column; 0 where there is one
+        x_TE, w_FE = q.double() * scale[:, group_of], part.weight.double() * part.scale[:, group_of]
+        room = 1e-5 * (x_TE.abs() @ w_FE.abs().T)
+        error = ((linear.linear_triton(x, part) - x_TE @ w_FE.T).abs() / room).max().item()
+        if not error < 1:
+            sys.exit(f"bench.py: {kind}, {T} x {inputs} x {out}: the largest error is {error:.1f} times what rounding "
+                     "explains")
+        worst = max(worst, error)
+    progress("")
+    print(f"All 8-bit products equal those of float64; the largest error is {worst:.0%} of what rounding explains.")
+
+
+def time_products(device: torch.device, shapes: list[tuple[int, int]], bandwidth: float, peak: float):
+    """Products by weights [out, inputs], quantised rows included, beside those by bfloat16 weights."""
+    few, many = [], []
+    for (out, inputs), T, kind in itertools.product(shapes, (1, 16, 512), BYTES):
+        name, moved = f"{kind}, {T} x {inputs} x {out}", out * inputs
+        progress(f"multiplying {name}")
+        if kind == "int8":
+            sets = cold(lambda: [torch.randn(n, inputs, device=device, dtype=torch.bfloat16) for n in (T, out)],
+                        2 * moved)
+            plain = gpu_seconds([partial(F.linear, *s) for s in sets])
+        sets = cold(lambda: [torch.randn(T, inputs, device=device, dtype=torch.bfloat16),
+                             random_part(out, inputs, kind, device)], moved)
+        ours = gpu_seconds([partial(linear.linear_triton, *s) for s in sets])
+        if T <= linear.FEW:
+            few.append([name, f"{ours * 1e6:.1f} us", f"{moved / bandwidth * 1e6:.1f} us",
+                        f"{moved / ours / bandwidth:.0%}", plain / ours])
+        else:
+            with patch.object(linear, "torch_multiplies", lambda x, part: False):
+                kernel = gpu_seconds([partial(linear.linear_triton, *s) for s in sets])
+            operations = 2 * T * out * inputs
+            many.append([name, f"{operations / ours / 1e12:.0f} TFLOP/s", f"{operations / ours / peak:.0%}",
+                         plain / ours, plain / kernel])
+        del sets
+    print_table("8-bit products of few rows", ["", "time", "weight / bandwidth", "reached", "speed / bfloat16"], few)
+    print_table("8-bit products of many rows", ["", "rate", "of the bfloat16 product", "speed / bfloat16",
+                                                "our kernel / bfloat16"], many)
+
+
 def time_texts(shapes: tuple[str, ...], bandwidth: float):
     """The whole engine on random weights, one text at a time."""
     rows, params = [], SamplingParams(max_tokens=400, ignore_eos=True)
@@ -726,6 +795,8 @@ def show_measured():
     time_prefill(device, dtype, (2048, 8192, 16384), peak)
     neighbours = [(B, 8192) for B in (1, 2, 3, 4, 7, 8, 9, 12, 15, 16, 17, 24, 32)]   # a cliff would show
     time_decode(device, dtype, [(1, 131072), (8, 16384), (64, 4096), *neighbours], bandwidth)
+    check_products(device, [(1, 70, 300), (16, 2048, 2048), (30, 4100, 1000), (100, 72, 264), (512, 2048, 2048)])
+    time_products(device, [(2048, 2048), (3072, 2048), (16384, 2048), (2048, 8192), (128256, 2048)], bandwidth, peak)
     time_texts(("gpt2", "llama-8b"), bandwidth)
 
 
@@ -733,7 +804,7 @@ def show_measured():
 # The command line
 
 def kernels_command(args: argparse.Namespace):
-    """The attention kernels: compiled for GPUs that are not here, or checked and timed on the one that is."""
+    """Attention and 8-bit products: compiled for GPUs that are not here, or checked and timed on the one that is."""
     gpu = torch.cuda.is_available()
     if not gpu:   # the compiler instead of the interpreter, which must be chosen before the import
         os.environ["TRITON_INTERPRET"] = "0"

@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from linear import DTYPES, Part, pack, quantize, widen
+from linear import DTYPES, Part, has_kernels, pack, quantize, widen
 
 
 # ---------------------------------------------------------------------------------------------
@@ -522,7 +522,7 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
     eight_bits = set(scales)
     if quantization:
         eight_bits = {name for part, weights, _ in plan_parts(c) if part in MULTIPLIED for name, _ in weights}
-    if "fp8" in (quantization, c.stored) and device.type != "cuda":   # `pack` widens them
+    if "fp8" in (quantization, c.stored) and not has_kernels(device):   # `pack` widens them
         eight_bits = set()
     sizes = {name: math.prod(shape) * (1 if name in eight_bits else dtype.itemsize) for name, shape in expected.items()}
     total = sum(sizes.values())

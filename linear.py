@@ -26,13 +26,17 @@ no processor multiplies it, so on a CPU it is widened while loading. It saves th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from device import jit, load_triton
+
 SMALL = 1 << 20   # bytes of a weight in float32
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+triton = tl = INTERPRETED = None   # until `load_triton`
 
 
 @dataclass(slots=True)
@@ -50,18 +54,18 @@ class Part:
 def linear(x_TE: Tensor, part: Part) -> Tensor:
     """x W^T + b: [T, out], in the dtype of x."""
     if part.scale is not None:
-        return linear_int8(x_TE, part)
+        return linear_triton(x_TE, part) if has_kernels(x_TE.device) else linear_int8(x_TE, part)
     if part.weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise.default(x_TE, part.weight, part.bias, "none", [], "")
     return F.linear(x_TE, part.weight, part.bias)
 
 
 def pack(part: Part, dtype: torch.dtype) -> Part:
-    """The part in the order in which this device multiplies it fastest by rows of a dtype. Its weight may be a tensor for
-    `linear` alone."""
+    """The part in the order in which this device multiplies it fastest by rows of a dtype. Its weight may be a tensor
+    for `linear` alone."""
     if part.weight.dtype == torch.int8:
         return pack_int8(part)
-    if part.weight.device.type != "cuda":
+    if not has_kernels(part.weight.device):
         part = widen(part, dtype)
     weight, rows = part.weight, 64   # the order suits any number of rows; oneDNN asks for one to have in mind
     if weight.device.type != "cpu" or not has_instructions_for(weight.dtype):
@@ -103,8 +107,8 @@ def widen(part: Part, dtype: torch.dtype) -> Part:
 
 
 def quantize_rows(x_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [T, E] and a scale per token, float32 [T, 1]. A row of zeros has the scale 0, a row with a NaN the scale NaN,
-    and so have their products."""
+    """int8 [T, E] and a scale per token, float32 [T, 1]. A row of zeros has the scale 0 and a row with a NaN the scale
+    NaN, which is what all their products become."""
     scale_T1 = x_TE.abs().amax(-1, keepdim=True).float().div_(127)
     return (x_TE / scale_T1).round_().to(torch.int8), scale_T1
 
@@ -114,8 +118,8 @@ def linear_int8(x_TE: Tensor, part: Part) -> Tensor:
     rows_TE, scale_T1 = quantize_rows(x_TE)
     if part.weight.is_mkldnn:   # it wants rows from 1 to 255, and takes out of the sums what that adds
         rows_TE = rows_TE.view(torch.uint8).bitwise_xor_(128)
-        y_TF = torch.ops.onednn.qlinear_pointwise.default(rows_TE, 1.0, 128, part.weight, part.scale, None, None, 1.0, 0,
-                                                          torch.float32, "none", [], "")
+        y_TF = torch.ops.onednn.qlinear_pointwise.default(
+            rows_TE, 1.0, 128, part.weight, part.scale, None, None, 1.0, 0, torch.float32, "none", [], "")
     else:
         y_TF = multiply_exactly(rows_TE, part.weight) * part.scale.T
     y_TF *= scale_T1
@@ -130,9 +134,10 @@ def multiply_exactly(a_TE: Tensor, b_FE: Tensor) -> Tensor:
 
 
 def pack_int8(part: Part) -> Part:
-    """For oneDNN where the processor adds up products of 8 bits in 32 (VNNI, AMX). Older ones add up pairs of them in 16
-    bits first, which overflow."""
-    if part.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not torch.cpu._is_vnni_supported():
+    """In oneDNN's order, where the processor adds up products of 8 bits in 32 (VNNI, AMX). Older ones add up pairs of
+    them in 16 bits first, which overflow."""
+    able = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+    if part.weight.device.type != "cpu" or not able:
         return part
     return Part(torch.ops.onednn.qlinear_prepack(part.weight, None), part.bias, part.scale[:, 0].contiguous())
 
@@ -163,3 +168,199 @@ def fastest_dtype(stored: str, device: torch.device, out: int, inputs: int) -> t
     if out * inputs * 4 < SMALL:
         return "float32", f"weights as small as these sit in the caches, where {stored} gains nothing"
     return stored, "as stored"
+
+
+# ---------------------------------------------------------------------------------------------
+# The same on a GPU
+
+# A weight of one byte is read in half the time of a bfloat16 one, if nothing is widened in memory. With xq and wq as
+# the bytes, and the groups of 128 columns that share a scale (one group of all columns where G is 1),
+#
+#     y[t, o] = bias[o] + sum over groups g of x_scale[t, g] * w_scale[o, g] * (xq[t] . wq[o] over the columns of g)
+#
+# FP8 (e4m3) is widened to float16 in registers: every GPU multiplies that, and its products in float32 are exact.
+
+@cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton's 8-bit products run there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and load_triton() is not None
+
+
+GROUP = 128   # columns
+FEW = 32      # rows; as many cost as much as one, the time of reading the weight
+
+
+def linear_triton(x_TE: Tensor, part: Part) -> Tensor:
+    """x W^T + b for a weight of int8 or float8_e4m3fn: [T, out] in the dtype of x. Columns of x must be contiguous.
+
+    Rows of x become bytes, too, each with scales of its own. Integers are summed in int32, which is exact, so no row
+    depends on its company and no choice below changes a result; FP8 is summed in float32. Nothing here waits for the
+    GPU, so a graph can record it.
+    """
+    load_triton()
+    (T, E), (out, G), fp8 = x_TE.shape, part.scale.shape, part.weight.dtype != torch.int8
+    q_TE, scale_TG = quantize_rows_triton(x_TE, part.weight.dtype, G)
+    y_TF = torch.empty(T, out, dtype=x_TE.dtype, device=x_TE.device)
+    if torch_multiplies(x_TE, part):
+        if fp8:
+            return torch._scaled_mm(q_TE, part.weight.t(), scale_TG, part.scale.t(), part.bias, out_dtype=x_TE.dtype)
+        sums_TF = torch._int_mm(q_TE, part.weight.t())
+        _scale_kernel[(triton.cdiv(out, 128), triton.cdiv(T, 16))](
+            sums_TF, scale_TG, part.scale, part.bias, y_TF, T, out, ROWS=16, TILE=128)
+        return y_TF
+    options = product_options(T, out, x_TE.device)
+    _product_kernel[(triton.cdiv(out, options["TILE"]), triton.cdiv(T, options["ROWS"]))](
+        q_TE.view(torch.int8), scale_TG, part.weight.view(torch.int8), part.scale, part.bias, y_TF, T, E, out, G,
+        GROUP=GROUP, GROUPED=G > 1, FP8=fp8, **options)
+    return y_TF
+
+
+def torch_multiplies(x_TE: Tensor, part: Part) -> bool:
+    """Whether PyTorch has a product for so many rows, this type and these sizes, on this GPU. Its limits are those of
+    `_int_mm` (cuBLAS) and of `_scaled_mm` with a scale per row (cuBLAS or CUTLASS)."""
+    (out, E), G = part.weight.shape, part.scale.shape[1]
+    if not x_TE.is_cuda or len(x_TE) <= FEW or G > 1:
+        return False
+    if part.weight.dtype == torch.int8:
+        return E % 8 == 0 and out % 8 == 0
+    return (E % 16 == 0 and out % 16 == 0 and x_TE.dtype == torch.bfloat16
+            and torch.cuda.get_device_capability(x_TE.device) >= (8, 9))
+
+
+def product_options(T: int, out: int, device: torch.device) -> dict:
+    """Tile and launch shape. For few rows a program has four warps of 16 outputs. Two share 16 outputs and split the
+    columns between them; or all four, where 32 outputs a program would be fewer programs than multiprocessors."""
+    if T > FEW:
+        return dict(ROWS=64, TILE=128, SPLITS=1, num_warps=8, num_stages=3)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    splits = 2 if out >= 32 * processors else 4
+    return dict(ROWS=16 if T <= 16 else 32, TILE=64 // splits, SPLITS=splits, num_warps=4, num_stages=4)
+
+
+def quantize_rows_triton(x_TE: Tensor, dtype: torch.dtype, G: int = 1) -> tuple[Tensor, Tensor]:
+    """Rows as bytes [T, E] of dtype int8 or float8_e4m3fn, and their scales, float32 [T, G], in one launch.
+
+    The largest number of a group (all columns, or 128) becomes 127 or 448, the largest of the type, and the others are
+    rounded to nearest. A group with NaN or infinity becomes zeros and a scale that is not finite, so all products with
+    this row are NaN, and nobody else's.
+    """
+    load_triton()
+    T, E = x_TE.shape
+    q_TE = torch.empty(T, E, dtype=torch.int8, device=x_TE.device)
+    scale_TG = torch.empty(T, G, dtype=torch.float32, device=x_TE.device)
+    _quantize_rows_kernel[(T,)](
+        x_TE, q_TE, scale_TG, x_TE.stride(0), E, G, GROUPS=triton.next_power_of_2(G),
+        WIDTH=GROUP if G > 1 else triton.next_power_of_2(E), FP8=dtype != torch.int8, num_warps=8)
+    return q_TE.view(dtype), scale_TG
+
+
+@jit
+def _quantize_rows_kernel(x_ptr, q_ptr, scale_ptr, x_stride, E, G,
+                          GROUPS: tl.constexpr, WIDTH: tl.constexpr, FP8: tl.constexpr):
+    """One row. Bound: its launch; a row stays in registers between its largest element and its bytes."""
+    row, group = tl.program_id(0).to(tl.int64), tl.arange(0, GROUPS)
+    column_GW = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    x_GW = tl.load(x_ptr + row * x_stride + column_GW, mask=column_GW < E, other=0.0).to(tl.float32)
+    # The bits of positive floats are in order as integers, too, with NaN above infinity. (tl.max passes NaN over.)
+    largest_G = tl.max(tl.abs(x_GW).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+    scale_G = tl.div_rn(largest_G, tl.full([GROUPS], 448.0 if FP8 else 127.0, tl.float32))
+    tl.store(scale_ptr + row * G + group, scale_G, mask=group < G)
+    usual_G = (scale_G >= 1.1754944e-38) & (scale_G < float("inf"))   # a smaller scale has lost bits: such rows are 0
+    x_GW, divisor_G = tl.where(usual_G[:, None], x_GW, 0.0), tl.where(usual_G, scale_G, 1.0)
+    q_GW = tl.div_rn(x_GW, tl.broadcast_to(divisor_G[:, None], [GROUPS, WIDTH]))
+    if FP8:   # times 2^-120 e4m3 is the upper bits of a float32; add half of what is cut off, ties to even
+        bits = (q_GW * 7.52316384526264e-37).to(tl.int32, bitcast=True)
+        above = bits & 0x7FFFFFFF
+        bytes = ((above + 0x7FFFF + ((above >> 20) & 1)) >> 20) | ((bits >> 24) & 0x80)
+    else:     # floats from 2^23 to 2^24 are whole numbers: adding 1.5 * 2^23 rounds, ties to even
+        bytes = (q_GW + 12582912.0) - 12582912.0
+    tl.store(q_ptr + row * E + column_GW, bytes.to(tl.int8), mask=column_GW < E)
+
+
+@jit
+def _load_bytes(ptr, row_R, rows, begin, E, GROUP: tl.constexpr, SPLITS: tl.constexpr, FP8: tl.constexpr):
+    """Columns [begin, begin + SPLITS * GROUP) of these rows, [SPLITS, R, GROUP], or [R, GROUP] for one split."""
+    if SPLITS > 1:
+        row, column = row_R[None, :, None], tl.arange(0, GROUP)[None, None, :]
+        column += tl.arange(0, SPLITS)[:, None, None] * GROUP
+    else:
+        row, column = row_R[:, None], tl.arange(0, GROUP)[None, :]
+    there = (row < rows) & (begin + column < E)
+    tile = tl.load(ptr + row.to(tl.int64) * E + begin + column, mask=there, other=0)
+    if FP8:
+        tile = _widen(tile)
+    return tile
+
+
+@jit
+def _widen(tile):
+    """Bytes of e4m3 as float16. e4m3 is a small float16: the sign, 4 bits of exponent of 5, 3 bits of mantissa of 10.
+    So a shift puts its bits in their places, subnormal numbers included; what comes out is 256 times too small, as
+    exponents count from 7 here and from 15 there. Newer GPUs have an instruction for it."""
+    if tl.target_info.cuda_capability_geq(8, 9):
+        return tile.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    return ((tile.to(tl.int16) << 7) & -0x4001).to(tl.float16, bitcast=True) * 256.0   # bit 14 was the sign again
+
+
+@jit
+def _load_scales(ptr, row_R, rows, begin, G, GROUP: tl.constexpr, SPLITS: tl.constexpr):
+    """The scales of those columns, [SPLITS, R], or [R] for one split."""
+    group, row = begin // GROUP, row_R
+    if SPLITS > 1:
+        group, row = begin // GROUP + tl.arange(0, SPLITS)[:, None], row_R[None, :]
+    return tl.load(ptr + row * G + group, mask=(row < rows) & (group < G), other=0.0)
+
+
+@jit
+def _finish(sums_FR, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, out_F, row_R, T, OUT, GROUPED: tl.constexpr):
+    """Scale the sums, unless their groups were; add the bias; store."""
+    y_FR = sums_FR.to(tl.float32)
+    if not GROUPED:
+        y_FR *= tl.load(x_scale_ptr + row_R, mask=row_R < T, other=0.0)[None, :]
+        y_FR *= tl.load(w_scale_ptr + out_F, mask=out_F < OUT, other=0.0)[:, None]
+    if bias_ptr is not None:
+        y_FR += tl.load(bias_ptr + out_F, mask=out_F < OUT, other=0.0).to(tl.float32)[:, None]
+    at_FR = row_R.to(tl.int64)[None, :] * OUT + out_F[:, None]
+    tl.store(y_ptr + at_FR, y_FR.to(y_ptr.dtype.element_ty), mask=(row_R < T)[None, :] & (out_F < OUT)[:, None])
+
+
+@jit
+def _product_kernel(x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, y_ptr, T, E, OUT, G,
+                    GROUP: tl.constexpr, GROUPED: tl.constexpr, FP8: tl.constexpr,
+                    ROWS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr):
+    """TILE outputs of ROWS rows.
+
+    Cost: 2 * T * E * OUT operations for E * OUT bytes of weights, 2 T operations per byte. Bound, for few rows:
+    bandwidth; the floor is E * OUT bytes over it, 1.4 us for 2048 x 2048 on an H100 (3 TB/s). Weights are the tall
+    side of tl.dot, of which 16 rows fill an instruction; rows of x are the other, half-empty for free. Splits: all
+    columns of 16 outputs are a long way for one warp, and each warp has some, so in every round of the loop the
+    splits read neighbouring columns, and their sums meet in shared memory, always in the same order.
+    Loses where the weights are smaller than a launch costs (2 us, or 6 MB); for many rows `torch_multiplies` first.
+    """
+    out_F = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    row_R = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    EXACT: tl.constexpr = tl.float32 if FP8 else tl.int32   # products are exact in it; so are sums of int8's
+    sums = tl.zeros([SPLITS, TILE, ROWS] if SPLITS > 1 else [TILE, ROWS], tl.float32 if GROUPED else EXACT)
+    for begin in range(0, E, SPLITS * GROUP):
+        w = _load_bytes(w_ptr, out_F, OUT, begin, E, GROUP, SPLITS, FP8)
+        x = _load_bytes(x_ptr, row_R, T, begin, E, GROUP, SPLITS, FP8)
+        x = tl.permute(x, [0, 2, 1]) if SPLITS > 1 else tl.trans(x)
+        if GROUPED:
+            w_scale = tl.expand_dims(_load_scales(w_scale_ptr, out_F, OUT, begin, G, GROUP, SPLITS), -1)
+            x_scale = tl.expand_dims(_load_scales(x_scale_ptr, row_R, T, begin, G, GROUP, SPLITS), -2)
+            sums += tl.dot(w, x, out_dtype=EXACT).to(tl.float32) * w_scale * x_scale
+        else:
+            sums = tl.dot(w, x, sums, out_dtype=EXACT)
+    if SPLITS > 1:
+        sums = tl.sum(sums, 0)
+    _finish(sums, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, out_F, row_R, T, OUT, GROUPED)
+
+
+@jit
+def _scale_kernel(sums_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, T, OUT, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """What `_product_kernel` ends with, for int32 sums [T, OUT] that somebody else made."""
+    out_F = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    row_R = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    at_FR = row_R.to(tl.int64)[None, :] * OUT + out_F[:, None]
+    sums_FR = tl.load(sums_ptr + at_FR, mask=(row_R < T)[None, :] & (out_F < OUT)[:, None], other=0)
+    _finish(sums_FR, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, out_F, row_R, T, OUT, False)

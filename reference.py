@@ -178,8 +178,9 @@ def in_8_bits(tensors: dict[str, Tensor], quantization: dict, but: list[str] = [
 
 
 def dequantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the tensors of such a file stand for, in float64. A scale multiplies, also where it is called an inverse."""
-    meant = {}
+    """What the tensors of such a file stand for, in float64. A scale multiplies, also where it is called an inverse. A
+    layer in int8 is marked: its rows are in 8 bits, too."""
+    meant = {name.removesuffix("weight") + "rounded": torch.ones(()) for name, tensor in tensors.items() if tensor.dtype == torch.int8}
     for name, tensor in tensors.items():
         if name.endswith(("_scale", "_scale_inv")):
             continue
@@ -280,6 +281,9 @@ def plain_llama(c: dict, w: dict[str, Tensor], ids: list[int]) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + (c.get("rms_norm_eps") or 1e-6)).sqrt() * w[name + ".weight"]
 
     def project(x, name):
+        if name + ".rounded" in w:   # to 127 steps on either side of 0, as long as the largest of the row asks for
+            step = x.abs().max(-1, keepdim=True).values / 127
+            x = (x / step).round() * step
         return x @ w[name + ".weight"].T + w.get(name + ".bias", 0)
 
     def turn(x):   # each pair of a head's dimensions as a complex number
@@ -296,7 +300,7 @@ def plain_llama(c: dict, w: dict[str, Tensor], ids: list[int]) -> Tensor:
         x = x + project(o.transpose(0, 1).reshape(T, -1), at + "self_attn.o_proj")
         h = norm(x, at + "post_attention_layernorm")
         x = x + project(act(project(h, at + "mlp.gate_proj")) * project(h, at + "mlp.up_proj"), at + "mlp.down_proj")
-    return norm(x, "norm") @ w.get("lm_head.weight", w["embed_tokens.weight"]).T
+    return project(norm(x, "norm"), "lm_head" if "lm_head.weight" in w else "embed_tokens")
 
 
 def plain(config: dict, tensors: dict[str, Tensor], ids: list[int]) -> Tensor:

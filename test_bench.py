@@ -552,6 +552,23 @@ def test_the_measurements_of_a_gpu_run_to_their_end(poisoned, monkeypatch, capsy
     assert texts["rows"][0][2] == f"{bound:.0f}" and int(texts["rows"][0][1]) > 0
     assert texts["rows"][1] == ["huge", "does not fit", "-", "-"]
 
+    capsys.readouterr()
+    bench.check_products(device, [(1, 20, 300), (17, 70, 40), (40, 16, 130)])
+    assert "All 8-bit products equal those of float64" in capsys.readouterr().out
+    bench.TABLES.clear()
+    bench.time_products(device, [(64, 256)], 1e9, 1e12)
+    few, many = bench.TABLES
+    kinds = ("int8", "fp8", "fp8 blocks")
+    assert [row[0] for row in few["rows"]] == [f"{kind}, {T} x 256 x 64" for T in (1, 16) for kind in kinds]
+    assert [row[0] for row in many["rows"]] == [f"{kind}, 512 x 256 x 64" for kind in kinds]
+    assert all(row[-1] > 0 for row in few["rows"] + many["rows"])
+    if DEVICE == "cpu":   # 16 KB, which a GB/s reads in 16 us, in a millisecond
+        assert few["rows"][0][1:] == ["1000.0 us", "16.4 us", "2%", 1.0] and many["rows"][0][3:] == [1.0, 1.0]
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.linear, "linear_triton", lambda x, part: torch.zeros(len(x), len(part.weight), device=device))
+        with pytest.raises(SystemExit, match="int8, 3 x 9 x 5: the largest error"):
+            bench.check_products(device, [(3, 5, 9)])
+
     llm = LLM(config_of("tiny"), attention="triton", dtype="float32", cuda_graphs=True)
     if DEVICE == "cpu":   # as a graph does, without Python's model: 5 seconds
         hands = stand_in_clock(monkeypatch)

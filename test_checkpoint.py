@@ -36,8 +36,11 @@ CPU = torch.device("cpu")
 
 
 def assert_logits(folder, expected, ids, **options):
-    logits = LLM(folder, dtype="float32", **options).logits(ids).double().cpu()
-    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max(), options
+    llm = LLM(folder, dtype="float32", **options)
+    tolerance = 0.02 if llm.config.stored == "int8" else 1e-4   # now and then a row is rounded to the other side
+    if llm.config.stored == "fp8" and llm.device.type == "cuda":
+        tolerance = 0.15   # there rows are in FP8, too
+    assert (llm.logits(ids).double().cpu() - expected).abs().max() < tolerance * expected.abs().max(), options
 
 
 def embedding_of(tensors):
@@ -440,7 +443,7 @@ def test_any_layers_may_be_stored_in_8_bits(tmp_path, data, base, kind, heads, D
 @pytest.mark.parametrize("kind", QUANTISED)
 @pytest.mark.parametrize("base", [LLAMA | dict(attention_bias=True), QWEN3])
 def test_8_bits_stay_8_bits_in_our_layout_with_a_scale_for_every_row(tmp_path, monkeypatch, kind, base):
-    meant = write_quantised(tmp_path, base | ODD, QUANTISED[kind])
+    meant = {name: tensor for name, tensor in write_quantised(tmp_path, base | ODD, QUANTISED[kind]).items() if tensor.ndim}
     monkeypatch.setattr(checkpoint, "pack", lambda part, dtype: part)
     weights = checkpoint.load_weights(tmp_path, checkpoint.read_config(tmp_path), CPU, torch.bfloat16)
     H, K, D = 6, 2, 44

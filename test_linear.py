@@ -1,7 +1,9 @@
 """How we know that products are right, and that threads and types are chosen by reason. (Read beside linear.py, device.py.)"""
 
+import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ from nanoserve import LLM, SamplingParams
 from reference import LLAMA, tensors_of, write_checkpoint
 
 HERE = Path(__file__).parent
+HAS_TRITON = device.load_triton() is not None
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @settings(max_examples=150)
@@ -134,3 +138,244 @@ def test_a_device_that_is_not_there_is_refused_by_name():
     with pytest.raises(ValueError, match="no device 'abacus' here: use auto, cpu"):
         device.find_device("abacus")
     assert device.find_device("cpu") == torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------------
+# 8-bit products on a GPU, or in Triton's interpreter
+
+INT8, FP8 = torch.int8, torch.float8_e4m3fn
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton for this platform")
+
+
+def groups_of(x, G):
+    """[R, E] as [R, G, columns], the last group filled up with zeros."""
+    width = 128 if G > 1 else x.shape[1]
+    return torch.nn.functional.pad(x, (0, G * width - x.shape[1])).unflatten(1, (G, width))
+
+
+def quantized(x, dtype, G):
+    """The definition: bytes [R, E] and scales [R, G], from a largest number of each group."""
+    scale = groups_of(x.float(), G).abs().amax(-1) / (127 if dtype == INT8 else 448)
+    q = groups_of(x.float(), G) / torch.where(scale > 0, scale, 1.0)[..., None]
+    return (q.round() if dtype == INT8 else q).to(dtype).flatten(1)[:, :x.shape[1]].contiguous(), scale
+
+
+def multiplied(q, scale, part):
+    """Integers multiplied in int64, or e4m3 in float64, then scaled: the product, and what its terms amount to."""
+    G, exact = scale.shape[1], torch.int64 if q.dtype == INT8 else torch.float64
+    sums = torch.einsum("tgc,ogc->tog", groups_of(q.to(exact), G), groups_of(part.weight.cpu().to(exact), G))
+    terms = sums.double() * scale.double()[:, None] * part.scale.cpu().double()
+    bias = part.bias.cpu().double() if part.bias is not None else torch.zeros(())
+    return terms.sum(-1) + bias, terms.abs().sum(-1) + bias.abs()
+
+
+def random_part(rng, out, inputs, dtype, G, biased, x_dtype=torch.float32):
+    """Every byte that is a number may be in the weight; scales of rows and groups differ a hundredfold."""
+    byte = torch.from_numpy(rng.integers(0, 256, (out, inputs), dtype=np.uint8))
+    byte[byte & 0x7F == 0x7F] = 1   # NaN in e4m3; -1 and 127 are missing in int8
+    scale = torch.from_numpy(10 ** rng.uniform(-4, -2, (out, G))).float()
+    bias = torch.from_numpy(rng.standard_normal(out)).to(x_dtype).to(DEVICE) if biased else None
+    return Part(byte.view(dtype).to(DEVICE), bias, scale.to(DEVICE))
+
+
+def rounding(y, dtype):
+    """What it may change to be stored in this type. (The interpreter cuts off what bfloat16 has no room for.)"""
+    bits = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8 if DEVICE == "cuda" else 7}[dtype]
+    return y.abs() * 2.0 ** -bits + (2 ** -25 if dtype == torch.float16 else 0)
+
+
+@contextmanager
+def fences(patch):
+    """Every torch.empty lies between fences; who writes on one is seen."""
+    empty, made = torch.empty, []
+
+    def fenced(*shape, dtype=torch.float32, device=DEVICE):
+        size = int(np.prod(shape)) * dtype.itemsize
+        memory = empty(size + 2048, dtype=torch.uint8, device=device).fill_(0xA5)
+        made.append((memory, size))
+        return memory[1024:1024 + size].view(dtype).view(shape)
+    patch.setattr(torch, "empty", fenced)
+    yield
+    assert made and all((memory[:1024] == 0xA5).all() and (memory[1024 + size:] == 0xA5).all() for memory, size in made)
+
+
+tokens = st.one_of(st.just(1), st.integers(2, 33), st.integers(34, 80))
+sizes = st.one_of(st.integers(1, 140), st.integers(1, 1200), st.sampled_from([128, 256, 512, 513, 1024]))
+
+
+@needs_triton
+@settings(max_examples=60)
+@given(rows=tokens, inputs=sizes, out=st.integers(1, 140), dtype=st.sampled_from([INT8, FP8]), grouped=st.booleans(),
+       biased=st.booleans(), x_dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+       instruction=st.booleans(), strided=st.booleans(), seed=st.integers(0, 99))
+def test_an_8_bit_product_on_a_gpu_is_the_definition(rows, inputs, out, dtype, grouped, biased, x_dtype, instruction, strided, seed):
+    rng = np.random.default_rng(seed)
+    G = -(-inputs // 128) if grouped else 1
+    part = random_part(rng, out, inputs, dtype, G, biased, x_dtype)
+    x = torch.from_numpy(rng.standard_normal((rows, inputs + 3 * strided)) * 10 ** rng.uniform(-2, 1, (rows, 1))).to(x_dtype)[:, :inputs]
+    x[rng.integers(rows)] = 0
+    x[rng.integers(rows), rng.integers(inputs)] = 2000
+    expected, size = multiplied(*quantized(x, dtype, G), part)
+    with pytest.MonkeyPatch.context() as patch, fences(patch):
+        if DEVICE == "cpu":   # both ways to widen, without and with the instruction
+            patch.setattr(linear.tl.target_info, "cuda_capability_geq", lambda *version: instruction)
+        y = linear.linear_triton(x.to(DEVICE), part)
+    assert y.dtype == x_dtype and y.shape == (rows, out)
+    error = (y.cpu().double() - expected).abs()
+    assert (error <= size * (1e-6 if dtype == INT8 else 1e-5) + rounding(expected, x_dtype)).all()
+
+
+@needs_triton
+@settings(max_examples=80)
+@given(rows=st.integers(0, 5), inputs=sizes, dtype=st.sampled_from([INT8, FP8]), grouped=st.booleans(),
+       x_dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), spread=st.integers(0, 8), seed=st.integers(0, 99))
+def test_rows_become_the_nearest_bytes(rows, inputs, dtype, grouped, x_dtype, spread, seed):
+    rng = np.random.default_rng(seed)
+    G = -(-inputs // 128) if grouped else 1
+    x = torch.from_numpy(rng.standard_normal((rows, inputs)) * 10 ** rng.uniform(-spread / 2, 0, (rows, inputs))).to(x_dtype)
+    if rows:
+        x[rng.integers(rows)] = 0
+        x[rng.integers(rows)] = torch.from_numpy(rng.integers(-254, 255, inputs) / 2)   # halves are ties
+        x[rng.integers(rows), rng.integers(inputs)] = 127
+    q, scale = linear.quantize_rows_triton(x.to(DEVICE), dtype, G)
+    expected_q, expected_scale = quantized(x, dtype, G)
+    assert q.dtype == dtype and torch.equal(scale.cpu(), expected_scale)
+    assert torch.equal(q.cpu().view(INT8), expected_q.view(INT8))
+
+
+def test_all_bytes_of_e4m3_are_found_and_read():
+    """Both directions, by hand where PyTorch could be wrong, too: 1 sign, 4 bits of exponent, 3 of mantissa."""
+    if not HAS_TRITON:
+        pytest.skip("no Triton for this platform")
+    magnitude = [m / 8 * 2 ** -6 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for e in range(16) for m in range(8)][:127]
+    numbers = torch.tensor(magnitude + [-m for m in magnitude])
+    x = numbers[None].to(DEVICE)
+    q, scale = linear.quantize_rows_triton(x, FP8)
+    assert scale.item() == 1 and q.view(torch.uint8)[0].tolist() == [*range(127), *range(128, 255)]
+    for instruction in (False, True) if DEVICE == "cpu" else (True,):
+        with pytest.MonkeyPatch.context() as patch:
+            if DEVICE == "cpu":
+                patch.setattr(linear.tl.target_info, "cuda_capability_geq", lambda *version: instruction)
+            one = torch.zeros(1, len(numbers), device=DEVICE)
+            one[0, 0] = 448.0
+            weight = torch.zeros(len(numbers), len(numbers))
+            weight[:, 0] = numbers
+            y = linear.linear_triton(one, Part(weight.to(FP8).to(DEVICE), None, torch.ones(len(numbers), 1, device=DEVICE)))
+        assert torch.equal(y[0].cpu(), numbers * 448)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [INT8, FP8])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("rows", [3, 20, 40])
+def test_a_row_that_is_not_finite_harms_nobody_else(poisoned, dtype, grouped, bad, rows):
+    rng = np.random.default_rng(0)
+    part = random_part(rng, 50, 300, dtype, 3 if grouped else 1, True)
+    x = torch.from_numpy(rng.standard_normal((rows, 300))).float().to(DEVICE)
+    alone = linear.linear_triton(x, part)
+    x[1, 299] = bad
+    y = linear.linear_triton(x, part)
+    others = [row for row in range(rows) if row != 1]
+    assert y[1].isnan().all() and torch.equal(y[others], alone[others])
+
+
+@needs_triton
+def test_a_row_of_tiny_numbers_is_zero():
+    """A scale below the smallest normal number would have lost its bits."""
+    part = random_part(np.random.default_rng(0), 9, 20, FP8, 1, False)
+    x = torch.full((2, 20), 1e-39, device=DEVICE)
+    assert (linear.linear_triton(x, part) == 0).all()
+
+
+@needs_triton
+@settings(max_examples=16)
+@given(rows=st.integers(34, 70), inputs=st.integers(1, 40), out=st.integers(1, 10), dtype=st.sampled_from([INT8, FP8]),
+       biased=st.booleans(), seed=st.integers(0, 99))
+def test_integers_give_the_same_bits_in_any_company(rows, inputs, out, dtype, biased, seed):
+    """By either kernel and by PyTorch's product, in tiles of few rows and of many. With FP8, up to rounding."""
+    inputs, out = inputs * 16, out * 16   # of what PyTorch's product accepts
+    rng = np.random.default_rng(seed)
+    part = random_part(rng, out, inputs, dtype, 1, biased, torch.bfloat16)
+    x = torch.from_numpy(rng.standard_normal((rows, inputs))).bfloat16().to(DEVICE)
+    calls = []
+
+    def by_torch(x, part):
+        calls.append(len(x))
+        return True
+    expected, size = multiplied(*quantized(x.cpu(), dtype, 1), part)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "torch_multiplies", lambda x, part: False)
+        kernel = linear.linear_triton(x, part)
+        few = torch.cat([linear.linear_triton(some, part) for some in x.split([1, 2, 20, rows - 23])])
+        if DEVICE == "cpu" or dtype == INT8 or torch.cuda.get_device_capability() >= (8, 9):
+            patch.setattr(linear, "torch_multiplies", by_torch)
+            of_torch = linear.linear_triton(x, part)
+            assert calls == [rows]
+        else:
+            of_torch = kernel
+    if dtype == INT8:
+        assert torch.equal(few, kernel) and torch.equal(of_torch, kernel)
+    for y in (few, kernel, of_torch):
+        error = (y.cpu().double() - expected).abs()
+        assert (error <= size * 1e-5 + 2 * rounding(expected, torch.bfloat16)).all()
+
+
+@needs_triton
+def test_pytorch_multiplies_what_it_can(monkeypatch):
+    class Rows:
+        def __init__(self, T, dtype=torch.bfloat16):
+            self.T, self.dtype, self.device, self.is_cuda = T, dtype, "cuda", True
+
+        def __len__(self):
+            return self.T
+
+    def can(x, out=64, inputs=64, dtype=FP8, G=1):
+        return linear.torch_multiplies(x, Part(torch.empty(out, inputs).to(dtype), None, torch.empty(out, G)))
+    capability = (8, 9)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert can(Rows(33)) and can(Rows(33), dtype=INT8) and can(Rows(33), 8, 24, INT8)
+    assert not can(torch.empty(99, 64, dtype=torch.bfloat16)), "on a CPU"
+    assert not can(Rows(32)) and not can(Rows(32), dtype=INT8)
+    assert not can(Rows(33), 65) and not can(Rows(33), inputs=72) and not can(Rows(33), 60, 64, INT8) and not can(Rows(33), 64, 60, INT8)
+    assert not can(Rows(33), inputs=256, G=2) and not can(Rows(33), inputs=256, G=2, dtype=INT8)
+    assert not can(Rows(33, torch.float32)) and can(Rows(33, torch.float32), dtype=INT8)
+    capability = (8, 6)
+    assert not can(Rows(33)) and can(Rows(33), dtype=INT8)
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU here")
+@pytest.mark.parametrize("dtype", [INT8, FP8])
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_a_graph_replays_8_bit_products(dtype, rows):
+    part = random_part(np.random.default_rng(0), 256, 512, dtype, 1, True, torch.bfloat16)
+    x = torch.randn(rows, 512, device=DEVICE, dtype=torch.bfloat16)
+    linear.linear_triton(x, part)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear.linear_triton(x, part)
+    for _ in range(2):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(y, linear.linear_triton(x, part))
+
+
+@pytest.mark.skipif(not HAS_TRITON or sys.platform != "linux", reason="compiles for NVIDIA's GPUs")
+def test_8_bit_products_compile_without_spills():
+    code = """
+import bench, kernels
+kernels.load_triton()
+for sm in (80, 90, 100):
+    found = []
+    for kind in bench.BYTES:   # split in four, in two, for 32 rows, for many, and sizes that are no multiples
+        for rows, out, inputs in ((1, 64, 2048), (16, 2048, 2048), (32, 256, 2048), (512, 256, 2048), (5, 33, 1001)):
+            found += bench.compile_launches(lambda: bench.launch_products(kind, rows, out, inputs), sm)
+    found += bench.compile_launches(lambda: bench.launch_products("int8", 64, 64, by_torch=True), sm)
+    assert {c["kernel"] for c in found} == {"quantize_rows", "product", "scale"}
+    for c in found:
+        assert c["spills"] == 0 and c["programs"] >= 1, c
+        assert (c["units"] == "-") == (c["kernel"] != "product"), c"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=os.environ | {"TRITON_INTERPRET": "0"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
