@@ -37,7 +37,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: a GPU if there is one)")
     add("--dtype", default="auto",
         help="auto, float32, float16 or bfloat16 (default: the checkpoint's own; on a CPU float32 if that is faster)")
-    add("--quantization", metavar="TYPE", help="int8 or fp8: bring the weights into 8 bits while loading (default: not)")
+    add("--quantization", metavar="TYPE", help="int8 or fp8: bring weights into 8 bits while loading (default: not)")
     add("--attention", default="auto", help="auto, torch, triton or naive (default: triton on a GPU, torch elsewhere)")
     add = parser.add_argument_group("choosing tokens").add_argument   # what is not given is as in SamplingParams
     add("--max-tokens", type=int, default=512, metavar="N", help="at most N new tokens per prompt (default: 512)")
