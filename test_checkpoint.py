@@ -39,7 +39,7 @@ def assert_logits(folder, expected, ids, **options):
     llm = LLM(folder, dtype="float32", **options)
     error_T = (llm.logits(ids).double().cpu() - expected).abs().amax(-1) / expected.abs().max()
     if llm.config.stored == "int8":   # now and then a number in a row is rounded to the other side
-        assert error_T.median() < 3e-3 and error_T.max() < 0.1, options
+        assert error_T.median() < 0.01 and error_T.max() < 0.15, options
     else:
         on_gpu = llm.config.stored and llm.device.type == "cuda"   # there rows are in FP8, too
         assert error_T.max() < (0.15 if on_gpu else 1e-4), options
