@@ -18,6 +18,8 @@ from functools import wraps
 # PyTorch's threads (OpenMP) wait for each other by spinning: on a core that another process has, for its whole time
 # slice. So they spin for about as long as a short operation takes, and then sleep.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Large tensors lie in pages of 2 MiB where the kernel has them: a pool of 4 KiB pages waits for address translation.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import torch
 
 # Without a GPU kernels run in Triton's interpreter, which must be chosen before anybody imports Triton.

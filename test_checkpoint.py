@@ -39,7 +39,7 @@ def assert_logits(folder, expected, ids, **options):
     llm = LLM(folder, dtype="float32", **options)
     error_T = (llm.logits(ids).double().cpu() - expected).abs().amax(-1) / expected.abs().max()
     if llm.config.stored == "int8":   # now and then a number in a row is rounded to the other side
-        assert error_T.median() < 0.01 and error_T.max() < 0.15, options
+        assert error_T.median() < 5e-3 and error_T.max() < 0.1, options
     else:
         on_gpu = llm.config.stored and llm.device.type == "cuda"   # there rows are in FP8, too
         assert error_T.max() < (0.15 if on_gpu else 1e-4), options
@@ -439,7 +439,13 @@ def test_any_layers_may_be_stored_in_8_bits(tmp_path, data, base, kind, heads, D
         stored = {name: tensor.flatten() if name.endswith("_scale") else tensor for name, tensor in stored.items()}
     write_checkpoint(tmp_path, config | dict(quantization_config=quantization), stored, shards)
     ids = torch.randint(61, (9,), generator=torch.Generator().manual_seed(1)).tolist()
-    assert_logits(tmp_path, plain(config, dequantised(stored), ids), ids, attention="torch")
+    meant = dequantised(stored)
+    for together in [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]:   # one product, in 8 bits if all of it is
+        for layer in {name.split(".")[2] for name in meant if ".layers." in name}:
+            marks = [name for name in meant if f".layers.{layer}." in name and name.split(".")[-2] in together and name.endswith("rounded")]
+            if len(marks) < len(together):
+                meant = {name: tensor for name, tensor in meant.items() if name not in marks}
+    assert_logits(tmp_path, plain(config, meant, ids), ids, attention="torch")
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
