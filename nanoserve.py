@@ -277,6 +277,8 @@ class LLM:
     runs the same kernels in Triton's interpreter, slowly. block_size: tokens per KV block; num_blocks: blocks
     in the pool; max_batched_tokens: tokens per step; None is what suits the device. max_seqs: texts that may be
     written at once. prefix_cache: whether to look for prompts' beginnings among blocks computed before.
+    kv_cache_dtype: "auto" keeps K and V as the model computes them; "int8" in a byte a number and a scale per token and
+    KV head, in a half to nearly a quarter of the memory.
     cuda_graphs: whether decode steps are replayed; None: wherever attention is "triton" on a GPU. weights: those of
     another LLM of the same model, to share; None: they are read.
     Raises ValueError, in one sentence, for what does not exist or does not fit.
@@ -284,8 +286,8 @@ class LLM:
 
     def __init__(self, model: str | Path | Config, device: str = "auto", dtype: str = "auto", attention: str = "auto",
                  block_size: int | None = None, num_blocks: int | None = None, max_batched_tokens: int | None = None,
-                 max_seqs: int = 64, prefix_cache: bool = True, cuda_graphs: bool | None = None,
-                 weights: dict[str, list[Part]] | None = None):
+                 max_seqs: int = 64, prefix_cache: bool = True, kv_cache_dtype: str = "auto",
+                 cuda_graphs: bool | None = None, weights: dict[str, list[Part]] | None = None):
         self.folder = None if isinstance(model, Config) else Path(model)
         self.config = c = read_config(self.folder) if self.folder else model
         self.device = find_device(device)
@@ -295,6 +297,9 @@ class LLM:
             self.dtype, self.dtype_reason = fastest_dtype(c.dtype, self.device, c.I, c.E)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not supported: use auto, {', '.join(DTYPES)}")
+        if kv_cache_dtype not in ("auto", "int8"):
+            raise ValueError(f"kv_cache_dtype {kv_cache_dtype!r} is not supported: use auto or int8")
+        self.kv_dtype = torch.int8 if kv_cache_dtype == "int8" else DTYPES[self.dtype]
         if attention == "auto":
             able = gpu and kernels.capability_of(self.device) >= 80 and kernels.load_triton()
             attention = "triton" if able else "torch"
@@ -329,8 +334,9 @@ class LLM:
 
     def _make_pool(self, block_size: int, num_blocks: int | None, max_seqs: int, prefix_cache: bool) -> KVPool:
         """The pool: room for max_seqs full contexts, or for as much of them as memory allows."""
-        c, dtype = self.config, DTYPES[self.dtype]
-        block_bytes, full = 2 * c.L * c.K * block_size * c.D * dtype.itemsize, -(-c.context // block_size)
+        c, full = self.config, -(-self.config.context // block_size)
+        row_bytes = c.D * self.kv_dtype.itemsize + 4 * (self.kv_dtype == torch.int8)   # int8 comes with a scale
+        block_bytes = 2 * c.L * c.K * block_size * row_bytes
         most, share = memory_for_pool(self.device)
         if num_blocks is None:
             num_blocks = max(1, min(full * max_seqs, share // block_bytes))
@@ -341,7 +347,7 @@ class LLM:
         if tables * width * 8 > most // 8:
             raise ValueError(f"block tables for {max_seqs} requests of {width} blocks need {tables * width / 125e6:.1f}"
                              " GB: lower max_seqs or max_batched_tokens")
-        return KVPool(c.L, c.K, c.D, num_blocks, block_size, dtype, self.device, prefix_cache, tables, width)
+        return KVPool(c.L, c.K, c.D, num_blocks, block_size, self.kv_dtype, self.device, prefix_cache, tables, width)
 
     # --- the loop, one turn at a time
 

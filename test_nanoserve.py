@@ -82,7 +82,7 @@ def check_pool(llm):
 
 def assert_tokens_do_not_depend_on_company(lone, config, backend, options, spare, arrivals, hopeful):
     """hopeful: the scheduler believes that every answer will be short, so that the pool runs out and it must preempt."""
-    folder, prompts, expected = lone[config]
+    folder, prompts, expected = lone[config + " int8" * (options["kv_cache_dtype"] == "int8")]
     S = options["block_size"]
     llm = LLM(folder, attention=backend, dtype="float32", num_blocks=-(-(60 + NEW) // S) + spare, **options)
     check_steps(llm)
@@ -127,10 +127,11 @@ arrivals = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 12), st.integers
                               st.one_of(st.none(), st.none(), st.integers(1, 9)), st.sampled_from([1, 1, 1, 2, 3])),
                     min_size=1, max_size=9)
 engine_options = st.fixed_dictionaries(dict(block_size=st.integers(1, 17), max_batched_tokens=st.integers(1, 80),
-                                            max_seqs=st.integers(1, 9), prefix_cache=st.booleans()))
+                                            max_seqs=st.integers(1, 9), prefix_cache=st.booleans(),
+                                            kv_cache_dtype=st.sampled_from(["auto", "int8"])))
 
 
-@settings(max_examples=300)
+@settings(max_examples=400)
 @given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals,
        hopeful=st.booleans())
 def test_tokens_depend_on_the_prompt_alone(lone, config, options, spare, arrivals, hopeful):
@@ -139,7 +140,7 @@ def test_tokens_depend_on_the_prompt_alone(lone, config, options, spare, arrival
 
 
 @pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
-@settings(max_examples=6 if DEVICE == "cpu" else 20)
+@settings(max_examples=10 if DEVICE == "cpu" else 20)
 @given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals,
        hopeful=st.booleans())
 def test_tokens_do_not_depend_on_the_attention_backend(lone, config, options, spare, arrivals, hopeful):
@@ -148,7 +149,7 @@ def test_tokens_do_not_depend_on_the_attention_backend(lone, config, options, sp
 
 
 @pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
-@settings(max_examples=8 if DEVICE == "cpu" else 20)
+@settings(max_examples=12 if DEVICE == "cpu" else 20)
 @given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals,
        hopeful=st.booleans())
 def test_tokens_are_the_same_with_cuda_graphs(lone, monkeypatch, config, options, spare, arrivals, hopeful):
