@@ -40,9 +40,9 @@ def poisoned_everywhere(request):
 def lone(tmp_path_factory):
     """For each config: its folder, prompts (some with a common beginning) and each one's greedy tokens by the plain forward.
 
-    And the same under "llama int8" for a cache of int8, with prompts of its own: the most likely token is ahead by
-    0.018 or more everywhere, as a rounding error that takes one number of K or V to the next of its 127 steps changes a logit
-    by a thousandth.
+    And the same under "llama int8" and so on for a cache of int8, with prompts of its own: there the most likely token is
+    ahead by 0.018 or more everywhere, as a number of K or V that a rounding error takes to the next of its 127 steps
+    changes a logit by a thousandth.
     """
     made = {}
     for (name, config), (suffix, seed, kv) in product(CONFIGS.items(), (("", 3, as_it_is), (" int8", 263, int8))):

@@ -102,7 +102,7 @@ def quantize(x_TKD: Tensor) -> tuple[Tensor, Tensor]:
     """
     x_TKD = x_TKD.float()
     most_TK1 = x_TKD.abs().amax(-1, keepdim=True)
-    bytes_TKD = (x_TKD / most_TK1.where(most_TK1 > 0, 1.0) * 127).round().to(torch.int8)
+    bytes_TKD = (x_TKD / most_TK1 * 127).nan_to_num().round().to(torch.int8)   # 0 / 0 gives 0
     return bytes_TKD, (most_TK1 / 127).where(most_TK1 < torch.inf, torch.nan).squeeze(-1)
 
 
@@ -453,7 +453,8 @@ def _quantize(x_KD, live_KD, scale_ptr_K1, live_K1):
     most_K1 = tl.max(tl.where(x_KD == x_KD, tl.abs(x_KD), float("inf")), 1, keep_dims=True)   # tl.max skips NaN
     scale_K1 = tl.where(most_K1 < float("inf"), tl.div_rn(most_K1, 127.0), float("nan"))
     tl.store(scale_ptr_K1, scale_K1, mask=live_K1)
-    x_KD = tl.div_rn(x_KD, tl.where(most_K1 > 0, most_K1, 1.0)) * 127.0
+    whole_K1 = (most_K1 > 0) & (most_K1 < float("inf"))
+    x_KD = tl.div_rn(tl.where(whole_K1, x_KD, 0.0), tl.where(whole_K1, most_K1, 1.0)) * 127.0
     return (x_KD + 12582912.0 - 12582912.0).to(tl.int8)   # 1.5 * 2^23: float32 has no digits behind the point there
 
 

@@ -299,7 +299,7 @@ class LLM:
             raise ValueError(f"dtype {self.dtype!r} is not supported: use auto, {', '.join(DTYPES)}")
         if kv_cache_dtype not in ("auto", "int8"):
             raise ValueError(f"kv_cache_dtype {kv_cache_dtype!r} is not supported: use auto or int8")
-        self.kv_dtype = torch.int8 if kv_cache_dtype == "int8" else DTYPES[self.dtype]
+        self.kv_cache_dtype = kv_cache_dtype
         if attention == "auto":
             able = gpu and kernels.capability_of(self.device) >= 80 and kernels.load_triton()
             attention = "triton" if able else "torch"
@@ -334,9 +334,9 @@ class LLM:
 
     def _make_pool(self, block_size: int, num_blocks: int | None, max_seqs: int, prefix_cache: bool) -> KVPool:
         """The pool: room for max_seqs full contexts, or for as much of them as memory allows."""
-        c, full = self.config, -(-self.config.context // block_size)
-        row_bytes = c.D * self.kv_dtype.itemsize + 4 * (self.kv_dtype == torch.int8)   # int8 comes with a scale
-        block_bytes = 2 * c.L * c.K * block_size * row_bytes
+        c, int8, dtype = self.config, self.kv_cache_dtype == "int8", DTYPES[self.dtype]
+        row_bytes = c.D + 4 if int8 else c.D * dtype.itemsize   # K or V of a token and head; in INT8 with its scale
+        block_bytes, full = 2 * c.L * c.K * block_size * row_bytes, -(-c.context // block_size)
         most, share = memory_for_pool(self.device)
         if num_blocks is None:
             num_blocks = max(1, min(full * max_seqs, share // block_bytes))
@@ -347,7 +347,8 @@ class LLM:
         if tables * width * 8 > most // 8:
             raise ValueError(f"block tables for {max_seqs} requests of {width} blocks need {tables * width / 125e6:.1f}"
                              " GB: lower max_seqs or max_batched_tokens")
-        return KVPool(c.L, c.K, c.D, num_blocks, block_size, self.kv_dtype, self.device, prefix_cache, tables, width)
+        return KVPool(c.L, c.K, c.D, num_blocks, block_size, torch.int8 if int8 else dtype, self.device, prefix_cache,
+                      tables, width)
 
     # --- the loop, one turn at a time
 
