@@ -117,8 +117,8 @@ def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
     What a decode costs is reading K and V once, so a long one is read in place: its blocks, if they are neighbours in
     the pool, are one view [K, keys, D]. Other keys are gathered first. Short decodes share a call.
 
-    The fused kernel reads no bytes either: what a call reads of a pool of int8 is widened for that call. So on a CPU
-    INT8 saves memory and no time: a long context costs as much as in float32, a short one more.
+    The fused kernel cannot read bytes either: what a call reads of a pool of int8 is widened first. So on a CPU INT8
+    saves memory and no time: a decode step is slower than in float32, with a short context and with a long one.
     """
     (_, H, D), K = q_THD.shape, len(k_KNSD)
 
