@@ -51,8 +51,9 @@ import kernels
 import linear
 import nanoserve
 from batch import Chunk, make_batch
-from checkpoint import DTYPES, Config, read_config
+from checkpoint import Config, read_config
 from cli import check_writable, exit_status
+from linear import DTYPES
 from nanoserve import LLM, SamplingParams
 from roofline import (HARDWARE, SHAPES, Ceiling, clock, config_of, crossover, gpu_seconds, in_turns, kv_bytes, machine,
                       measured_ceiling, on_paper, ratio, step_cost)
@@ -563,10 +564,11 @@ def compile_launches(launch, capability: int) -> list[dict]:
         binary = run(kernel, *args, grid=grid, warmup=True, **options)
         registers, spills = resources(binary.asm["cubin"])
         warps, shared = binary.metadata.num_warps, binary.metadata.shared
+        int8 = " int8" * (dict(zip(kernel.arg_names, args)).get("k_scale_ptr") is not None)   # such a pool
         programs = min(REGISTERS // (32 * warps * -(-registers // 8) * 8), WARPS // warps,
                        SHARED[capability] // (shared + 1024))
         found.append(dict(   # the columns of the table, in their order
-            kernel=kernel.__name__.strip("_").removesuffix("_kernel"), gpu=f"sm_{capability}",
+            kernel=kernel.__name__.strip("_").removesuffix("_kernel") + int8, gpu=f"sm_{capability}",
             tile=f"{options['ROWS']} x {options['TILE']}" if "TILE" in options else "-",
             warps=warps, stages=binary.metadata.num_stages, regs=registers, spills=spills, KiB=f"{shared / 1024:.0f}",
             units=next((name for word, name in UNITS.items() if word in binary.asm["ptx"]), "-"),
@@ -593,10 +595,12 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 def launch_all(D: int, dtype: torch.dtype = torch.bfloat16, S: int = 64, H: int = 32, K: int = 8,
                window: int | None = None):
-    """One launch of every kernel."""
-    q, k, v, batch, scale = paged_inputs([(1, 99), (80, 0)], H, K, D, S, dtype)
-    kernels.write_kv_triton(q[:, :K], q[:, :K], k, v, batch.slots_T)
-    kernels.attention_triton(q, k, v, batch, scale, window)
+    """One launch of every kernel, on a pool of this dtype and on one of int8."""
+    for int8 in (False, True):
+        inputs = paged_inputs([(1, 99), (80, 0)], H, K, D, S, dtype, window=window, int8=int8)
+        q, k, v, batch, _, _, *scales = inputs
+        kernels.write_kv_triton(q[:, :K], q[:, :K], k, v, batch.slots_T, *scales)
+        kernels.attention_triton(*inputs)
 
 
 BYTES = {"int8": (torch.int8, 1), "fp8": (torch.float8_e4m3fn, 1), "fp8 blocks": (torch.float8_e4m3fn, 128)}
@@ -627,7 +631,7 @@ def show_compiled():
         for c in compile_launches(partial(launch_products, kind, T), capability):
             if T == 16 or c["kernel"] == "product":
                 rows.append([f"{c.pop('kernel')}, {kind}, {T} rows", *c.values()])
-    print_table("The kernels as compiled for bfloat16, 32 query and 8 KV heads, blocks of 64 tokens; 2048 inputs",
+    print_table("The kernels as compiled for bfloat16 (int8: with such a pool), 32:8 heads, blocks of 64; 2048 inputs",
                 ["kernel", "GPU", "tile", "warps", "stages", "regs", "spills", "KiB", "units", "per SM", "occupied"],
                 rows)
     print("\ntile: query rows x keys, or rows x outputs; regs: registers per thread; spills: bytes that did not fit;\n"
@@ -639,14 +643,17 @@ def show_compiled():
 # With a GPU: check, then time
 
 def paged_inputs(lens: list[tuple[int, int]], H: int, K: int, D: int, S: int, dtype: torch.dtype,
-                 device: torch.device | str = "cpu") -> tuple:
-    """q, K and V pools with shuffled blocks, and the batch, for requests of (query tokens, past)."""
+                 device: torch.device | str = "cpu", window: int | None = None, int8: bool = False) -> tuple:
+    """What attention takes, with shuffled blocks, for requests of (query tokens, past)."""
     need = [-(-(n + past) // S) for n, past in lens]
     tables = torch.randperm(sum(need)).split(need)
     batch = make_batch([Chunk([0] * n, past, t.tolist()) for (n, past), t in zip(lens, tables)], S, device)
     q = torch.randn(sum(n for n, _ in lens), H, D, device=device, dtype=dtype)
     k, v = (torch.randn(K, sum(need), S, D, device=device, dtype=dtype) for _ in "kv")
-    return q, k, v, batch, D ** -0.5
+    if not int8:
+        return q, k, v, batch, D ** -0.5, window
+    (k, k_scale), (v, v_scale) = map(kernels.quantize, (k, v))
+    return q, k, v, batch, D ** -0.5, window, k_scale, v_scale
 
 
 CACHE = 2e8   # bytes, more than the L2 cache of any GPU: so much is read before anything is read again
@@ -658,18 +665,18 @@ def check_kernels(device: torch.device, lens: list[tuple[int, int]], dtypes=tupl
     shapes = [(D, 32, 8, 64, None) for D in (64, 80, 128, 256)] + [(128, 32, 8, 16, None), (128, 32, 8, 64, 100)]
     shapes += [(128, H, K, 64, None) for H, K in ((8, 8), (14, 2), (71, 1))]
     worst = 0.0
-    for dtype, (D, H, K, S, window) in itertools.product(dtypes, shapes):
+    for dtype, (D, H, K, S, window), int8 in itertools.product(dtypes, shapes, (False, True)):
         progress(f"checking {dtype}, head size {D}")
         try:
             kernels.check("triton", device, dtype, H, K, D, S)
         except ValueError:
             continue
-        inputs = paged_inputs(lens, H, K, D, S, dtype, device)
-        exact = kernels.attention_naive(*[x.double() if torch.is_tensor(x) else x for x in inputs], window)
-        error = (kernels.attention_triton(*inputs, window) - exact).abs().max().item() / TOLERANCE[dtype]
+        inputs = paged_inputs(lens, H, K, D, S, dtype, device, window, int8)
+        exact = kernels.attention_naive(*[x.double() if torch.is_tensor(x) else x for x in inputs])
+        error = (kernels.attention_triton(*inputs) - exact).abs().max().item() / TOLERANCE[dtype]
         if not error < 1:
-            sys.exit(f"bench.py: {dtype}, D={D}, {H}:{K} heads, blocks of {S}, window {window}: the largest error is "
-                     f"{error:.1f} times what the dtype allows")
+            sys.exit(f"bench.py: {dtype}, D={D}, {H}:{K} heads, blocks of {S}, window {window}{', int8' * int8}: the "
+                     f"largest error is {error:.1f} times what the dtype allows")
         worst = max(worst, error)
     progress("")
     print(f"All kernels equal the float64 definition; the largest error is {worst:.0%} of what the dtype allows.")

@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from linear import DTYPES, Part, has_kernels, pack, quantize, widen
+from linear import Part, has_kernels, pack, quantize, widen
 
 
 # ---------------------------------------------------------------------------------------------

@@ -56,6 +56,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-batched-tokens", type=int, metavar="N",
         help="token budget of a step (default: 4096 on a GPU, 512 elsewhere)")
     add("--max-seqs", type=int, default=64, metavar="N", help="texts that may be written at once (default: 64)")
+    add("--kv-cache-dtype", default="auto", metavar="TYPE",
+        help="int8: K and V in a byte a number, so that more tokens fit (default: auto, as the model computes them)")
     add("--json", action="store_true", help="print one JSON object per text instead of the text itself")
     add("--timeline", nargs="?", const="", metavar="FILE.svg",
         help="then draw who ran in which step, and the pool; to the terminal, or as a picture")
@@ -102,7 +104,8 @@ def serve(args: argparse.Namespace) -> int:
     params = SamplingParams(**{name: value for name, value in vars(args).items()
                                if name in SamplingParams.__dataclass_fields__ and value is not None})
     llm = LLM(args.model, args.device, args.dtype, args.attention, args.block_size, args.num_blocks,
-              args.max_batched_tokens, args.max_seqs, quantization=args.quantization)
+              args.max_batched_tokens, args.max_seqs, quantization=args.quantization,
+              kv_cache_dtype=args.kv_cache_dtype)
     if llm.device.type == "cuda":   # what is compiled, loaded and recorded once is no part of TTFT and TPS
         with suppress(ValueError):   # hardly room for a prompt
             llm.generate([[0, 0]], SamplingParams(max_tokens=2, ignore_eos=True))

@@ -25,6 +25,10 @@ Layout: k_KNSD holds K heads of N blocks of S slots, so one block of one head is
 memory. Token t of a request lives in slot block_table[t // S] * S + t % S. "The dog" of paged_kv.py, about
 to run its token 2 (" sat", 479), is Chunk([479], start=2, blocks=[3, 4]): a decode. It writes K and V to
 slot 4 * 2 + 0 = 8 and reads slots 6, 7 and 8.
+
+A pool of int8 holds a row of D numbers as bytes and one float32 scale, largest / 127 (`quantize`). Its scales go
+along as k_scale_KNS and v_scale_KNS; without them k and v are as the model computed them. Nothing is widened in
+memory: q . (scale * k) = scale * (q . k), so the scale of a key multiplies its score, and that of a value its weight.
 """
 
 from __future__ import annotations
@@ -48,7 +52,8 @@ triton = tl = INTERPRETED = None   # until `load_triton`
 # The definition
 
 def attention_naive(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch, scale: float,
-                    window: int | None = None) -> Tensor:
+                    window: int | None = None, k_scale_KNS: Tensor | None = None,
+                    v_scale_KNS: Tensor | None = None) -> Tensor:
     """softmax(scale * q k^T + mask) v in float64, one request and one head at a time; [T, H, D].
 
     A query at position p sees keys at positions (p - window, p]; query head h uses KV head h // G. scale > 0.
@@ -61,13 +66,15 @@ def attention_naive(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
         table = batch.block_tables_UM[batch.chunks[b].row, :-(-kv_len // k_KNSD.shape[2])]
         distance = batch.positions_T[rows, None] - torch.arange(kv_len, device=q_THD.device)
         seen = (distance >= 0) & (distance < (window or kv_len))
+        k_KTD, v_KTD = (pool_KNSD[:, table].flatten(1, 2)[:, :kv_len].double() for pool_KNSD in (k_KNSD, v_KNSD))
+        if k_scale_KNS is not None:
+            k_KTD *= k_scale_KNS[:, table].flatten(1, 2)[:, :kv_len, None]
+            v_KTD *= v_scale_KNS[:, table].flatten(1, 2)[:, :kv_len, None]
         for h in range(q_THD.shape[1]):
-            k_TD = k_KNSD[h // G, table].flatten(0, 1)[:kv_len].double()
-            v_TD = v_KNSD[h // G, table].flatten(0, 1)[:kv_len].double()
-            scores = q_THD[rows, h].double() @ k_TD.T * scale
+            scores = q_THD[rows, h].double() @ k_KTD[h // G].T * scale
             if bias:
                 scores += bias(torch.tensor(h, device=q_THD.device), distance)
-            out_THD[rows, h] = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v_TD).to(out_THD)
+            out_THD[rows, h] = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v_KTD[h // G]).to(out_THD)
     return out_THD
 
 
@@ -77,26 +84,49 @@ def attention_naive(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
 bias = None
 
 
-def write_kv_torch(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, slots_T: Tensor):
+def write_kv_torch(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, slots_T: Tensor,
+                   k_scale_KNS: Tensor | None = None, v_scale_KNS: Tensor | None = None):
     """Put the step's K and V into their slots of the pool. No slot is -1: only the graphs' idle requests have those."""
-    k_KNSD.flatten(1, 2)[:, slots_T] = k_TKD.transpose(0, 1)
-    v_KNSD.flatten(1, 2)[:, slots_T] = v_TKD.transpose(0, 1)
+    for x_TKD, pool_KNSD, scale_KNS in (k_TKD, k_KNSD, k_scale_KNS), (v_TKD, v_KNSD, v_scale_KNS):
+        if scale_KNS is not None:
+            x_TKD, scale_TK = quantize(x_TKD)
+            scale_KNS.flatten(1)[:, slots_T] = scale_TK.T
+        pool_KNSD.flatten(1, 2)[:, slots_T] = x_TKD.transpose(0, 1)
+
+
+def quantize(x_TKD: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [T, K, D] and float32 scales [T, K]: x is about byte * scale, with the scale largest |x| / 127 of its row.
+
+    A row depends on no other, so what a token leaves behind does not depend on who is in its batch. A row of zeros has
+    the scale 0. One with a NaN or an infinity has the scale NaN: whatever reads it becomes NaN, as it should.
+    """
+    x_TKD = x_TKD.float()
+    most_TK1 = x_TKD.abs().amax(-1, keepdim=True)
+    bytes_TKD = (x_TKD / most_TK1 * 127).nan_to_num().round().to(torch.int8)   # 0 / 0 gives 0
+    return bytes_TKD, (most_TK1 / 127).where(most_TK1 < torch.inf, torch.nan).squeeze(-1)
 
 
 # ---------------------------------------------------------------------------------------------
 # PyTorch, any device
 
 def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch, scale: float,
-                    window: int | None = None) -> Tensor:
+                    window: int | None = None, k_scale_KNS: Tensor | None = None,
+                    v_scale_KNS: Tensor | None = None) -> Tensor:
     """Attention by PyTorch's fused kernel, which cannot walk a block table, in few calls per layer.
 
     What a decode costs is reading K and V once, so a long one is read in place: its blocks, if they are neighbours in
     the pool, are one view [K, keys, D]. Other keys are gathered first. Short decodes share a call.
+
+    The fused kernel cannot read bytes either: what a call reads of a pool of int8 is widened first. So on a CPU INT8
+    saves memory and no time: a decode step is slower than in float32, with a short context and with a long one.
     """
     (_, H, D), K = q_THD.shape, len(k_KNSD)
 
     def attend(call: Call) -> Tensor:
         k_BKTD, v_BKTD = call.read(k_KNSD), call.read(v_KNSD)
+        if k_scale_KNS is not None:
+            k_BKTD = k_BKTD.to(q_THD.dtype).mul_(call.read(k_scale_KNS[..., None]))
+            v_BKTD = v_BKTD.to(q_THD.dtype).mul_(call.read(v_scale_KNS[..., None]))
         q_TKGD = q_THD[call.rows].view(-1, K, H // K, D)
         if call.decodes:    # B requests of one token: the G query heads that share a KV head are its rows
             o_TKGD = scaled_dot_product_attention(q_TKGD, k_BKTD, v_BKTD, call.mask, scale=scale)
@@ -106,7 +136,7 @@ def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
                                                   is_causal=call.mask is None).permute(2, 0, 1, 3)
         return o_TKGD.flatten(1, 2)
 
-    calls = batch.once(("torch", window), lambda: plan_torch(batch, H, k_KNSD, window))
+    calls = batch.once(("torch", window), lambda: plan_torch(batch, H, k_KNSD, window, q_THD.dtype))
     if len(calls) == 1:
         return attend(calls[0])
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
@@ -123,7 +153,7 @@ class Call(NamedTuple):
     mask: Tensor | None      # added to the scores; None: a decode sees all keys, a prompt sees those up to its own
 
     def read(self, pool_KNSD: Tensor) -> Tensor:
-        """Their K or V, [B, K, keys, D]."""
+        """Their K or V, [B, K, keys, D], or the scales of these as [K, N, S, 1]."""
         D = pool_KNSD.shape[-1]
         if isinstance(self.keys, slice):
             return pool_KNSD.view(1, len(pool_KNSD), -1, D)[:, :, self.keys]
@@ -133,8 +163,8 @@ class Call(NamedTuple):
 IN_PLACE = 400_000   # bytes of K and V. To gather fewer takes less than the 15 us of a call of their own
 
 
-def plan_torch(batch: Batch, H: int, k_KNSD: Tensor, window: int | None) -> list[Call]:
-    """The calls that attend to the whole step.
+def plan_torch(batch: Batch, H: int, k_KNSD: Tensor, window: int | None, dtype=torch.float32) -> list[Call]:
+    """The calls that attend to the whole step, for queries of this dtype.
 
     A chunk has a call of its own. So has a long decode whose keys are neighbours. The other decodes share a call with
     those of about their length: one call for up to 127 keys, one for 128 to 255, one for 256 to 511, and so on.
@@ -146,7 +176,7 @@ def plan_torch(batch: Batch, H: int, k_KNSD: Tensor, window: int | None) -> list
         alone = count > long and in_place(batch, b, window, S)
         groups[-b if alone else max(7, count.bit_length())].append(b)
     requests = [*groups.values(), *([b] for b in range(batch.num_decodes, len(batch.chunks)))]
-    return [plan_call(batch, H, k_KNSD, some, window) for some in requests]
+    return [plan_call(batch, H, k_KNSD, some, window, dtype) for some in requests]
 
 
 def first_key(batch: Batch, b: int, window: int | None) -> int:
@@ -163,7 +193,7 @@ def in_place(batch: Batch, b: int, window: int | None, S: int) -> slice | None:
         return slice(slot, slot + stop - first)
 
 
-def plan_call(batch: Batch, H: int, k_KNSD: Tensor, requests: list[int], window: int | None) -> Call:
+def plan_call(batch: Batch, H: int, k_KNSD: Tensor, requests: list[int], window: int | None, dtype) -> Call:
     """One call for these decodes, or for this one chunk.
 
     Two decodes of 3 and 5 keys: the first has its last key three times, so that both have 5, and a mask hides two:
@@ -187,7 +217,7 @@ def plan_call(batch: Batch, H: int, k_KNSD: Tensor, requests: list[int], window:
     distance = batch.positions_T[rows].view(len(requests), 1, -1, 1) - keys_BT[:, None, None]   # [B, 1, rows, keys]
     seen = (distance >= 0) & (distance < (window or N * S))
     heads = torch.arange(H, device=device).view((K, -1, 1) if decodes else (K, -1, 1, 1))
-    mask = torch.where(seen, bias(heads, distance) if bias else 0.0, -torch.inf).to(k_KNSD.dtype)
+    mask = torch.where(seen, bias(heads, distance) if bias else 0.0, -torch.inf).to(dtype)
     if slots:
         return Call(rows, decodes, slots, mask)
     keys_BT = keys_BT.minimum(batch.kv_lens[requests, None] - 1)
@@ -234,35 +264,37 @@ def _bias(s_RT, scale, head, distance):
 
 
 @jit
-def _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, head_R, position_R, start, stop, kv_len, scale,
-           S: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
-           MASKED: tl.constexpr):
+def _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head_R, position_R, start, stop,
+           kv_len, scale, S: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
+           WINDOW: tl.constexpr, MASKED: tl.constexpr):
     """Online softmax of R query rows over the keys [start, stop) of one KV head of one request.
 
     Takes and returns the running o_RD, m_R, l_R, float32; m and the scores are logarithms to base 2, as
     `scale` holds LOG2E. MASKED is False where every row sees every key of every tile. The whole of paging
     is one look-up per tile: a tile that lies within a block is one contiguous piece of the pool. (Where S
     is no multiple of TILE, every key looks up its own block: right, and slower.) `start` is a multiple of
-    TILE.
+    TILE. A pool of int8 comes with pointers to its scales, else they are None: its bytes are widened in registers.
     """
     d, t = tl.arange(0, D_PAD), tl.arange(0, TILE)
     for tile in range(start, stop, TILE):
         key = tile + t
         if S % TILE == 0:
-            begin = (tl.load(table_ptr + tile // S) * S + tile % S) * D
-            at_TD = (t * D)[:, None] + d[None, :]
+            begin = tl.load(table_ptr + tile // S) * S + tile % S
+            slot = t
         else:
             begin = 0
             slot = tl.load(table_ptr + key // S, mask=key < kv_len, other=0) * S + key % S
-            at_TD = (slot * D)[:, None] + d[None, :]
+        at_TD = (slot * D)[:, None] + d[None, :]
         owned_TD = tl.full([TILE, D_PAD], True, tl.int1)
         if D < D_PAD:
             owned_TD = owned_TD & (d < D)[None, :]
         if MASKED:   # slots past the end belong to nobody and may hold NaN
             owned_TD = owned_TD & (key < kv_len)[:, None]
 
-        k_TD = tl.load(k_ptr + begin + at_TD, mask=owned_TD, other=0.0)
+        k_TD = tl.load(k_ptr + begin * D + at_TD, mask=owned_TD, other=0).to(q_RD.dtype)
         s_RT = tl.dot(q_RD, tl.trans(k_TD), input_precision="ieee")
+        if k_scale_ptr is not None:
+            s_RT *= tl.load(k_scale_ptr + begin + slot, mask=key < kv_len, other=0.0)[None, :]
         s_RT = _bias(s_RT, scale, head_R[:, None], position_R[:, None] - key[None, :])
         if MASKED:
             seen_RT = key[None, :] <= position_R[:, None]
@@ -276,16 +308,18 @@ def _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, head_R, position_R, st
             m_sub = tl.where(m_new == float("-inf"), 0.0, m_new)
         p_RT = tl.exp2(s_RT * scale - m_sub[:, None])
         rescale = tl.exp2(m_R - m_sub)
-        v_TD = tl.load(v_ptr + begin + at_TD, mask=owned_TD, other=0.0)
+        v_TD = tl.load(v_ptr + begin * D + at_TD, mask=owned_TD, other=0).to(q_RD.dtype)
         l_R = l_R * rescale + tl.sum(p_RT, 1)
+        if v_scale_ptr is not None:
+            p_RT *= tl.load(v_scale_ptr + begin + slot, mask=key < kv_len, other=0.0)[None, :]
         o_RD = tl.dot(p_RT.to(v_TD.dtype), v_TD, o_RD * rescale[:, None], input_precision="ieee")
         m_R = m_new
     return o_RD, m_R, l_R
 
 
 @jit
-def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, tables_ptr, query_starts_ptr, kv_lens_ptr, work_ptr,
-                    q_stride, head_stride, scale,
+def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr, query_starts_ptr,
+                    kv_lens_ptr, work_ptr, q_stride, head_stride, scale,
                     S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
                     ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr):
     """A tile of query rows against every key that they may see, and no other tile of keys.
@@ -336,21 +370,25 @@ def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, tables_ptr, query_starts_ptr, 
 
     k_ptr += kv_head * head_stride
     v_ptr += kv_head * head_stride
+    if k_scale_ptr is not None:
+        k_scale_ptr += kv_head * (head_stride // D)
+        v_scale_ptr += kv_head * (head_stride // D)
     o_RD, m_R, l_R = _start(ROWS, D_PAD)
     if WINDOW > 0:
-        o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, head_R, position_R,
-                                start, tl.minimum(whole, stop), kv_len, scale, S, D, D_PAD, TILE, WINDOW, True)
-    o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, head_R, position_R,
-                            whole, diagonal, kv_len, scale, S, D, D_PAD, TILE, WINDOW, False)
-    o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, table_ptr, head_R, position_R,
-                            diagonal, stop, kv_len, scale, S, D, D_PAD, TILE, WINDOW, True)
+        o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head_R,
+                                position_R, start, tl.minimum(whole, stop), kv_len, scale,
+                                S, D, D_PAD, TILE, WINDOW, True)
+    o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head_R,
+                            position_R, whole, diagonal, kv_len, scale, S, D, D_PAD, TILE, WINDOW, False)
+    o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head_R,
+                            position_R, diagonal, stop, kv_len, scale, S, D, D_PAD, TILE, WINDOW, True)
     tl.store(out_ptr + (index_R * H * D + column_R)[:, None] + d[None, :],
              (o_RD / tl.where(l_R > 0, l_R, 1.0)[:, None]).to(out_ptr.dtype.element_ty), mask=live_RD)
 
 
 @jit
-def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_ptr, tables_ptr, kv_lens_ptr,
-                   work_ptr, q_stride, head_stride, scale,
+def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
+                   tables_ptr, kv_lens_ptr, work_ptr, q_stride, head_stride, scale,
                    S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
                    ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr):
     """One split of one request's keys for the G query heads of one KV head; the last split to finish merges all.
@@ -375,10 +413,14 @@ def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_pt
         at_RD = head[:, None] * D + d[None, :]
         q_RD = tl.load(q_ptr + b.to(tl.int64) * q_stride + at_RD, mask=live_RD, other=0.0)
         position_R = tl.zeros([ROWS], tl.int32) + kv_len - 1
+        k_ptr += kv_head * head_stride
+        v_ptr += kv_head * head_stride
+        if k_scale_ptr is not None:
+            k_scale_ptr += kv_head * (head_stride // D)
+            v_scale_ptr += kv_head * (head_stride // D)
         o_RD, m_R, l_R = _start(ROWS, D_PAD)
-        o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr + kv_head * head_stride, v_ptr + kv_head * head_stride,
-                                table_ptr, head, position_R, start, stop, kv_len, scale,
-                                S, D, D_PAD, TILE, WINDOW, True)
+        o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head,
+                                position_R, start, stop, kv_len, scale, S, D, D_PAD, TILE, WINDOW, True)
         finished = True
         if splits > 1:
             tl.store(o_ptr + work * H * D + at_RD, o_RD, mask=live_RD)
@@ -405,8 +447,20 @@ def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_pt
 
 
 @jit
-def _write_kv_kernel(k_ptr, v_ptr, k_pool_ptr, v_pool_ptr, slots_ptr, k_stride, v_stride, head_stride,
-                     K: tl.constexpr, K_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+def _quantize(x_KD, live_KD, scale_ptr_K1, live_K1):
+    """The bytes that `quantize` makes of a token's K or V; it stores the scales."""
+    x_KD = tl.where(live_KD, x_KD.to(tl.float32), 0.0)
+    most_K1 = tl.max(tl.where(x_KD == x_KD, tl.abs(x_KD), float("inf")), 1, keep_dims=True)   # tl.max skips NaN
+    scale_K1 = tl.where(most_K1 < float("inf"), tl.div_rn(most_K1, 127.0), float("nan"))
+    tl.store(scale_ptr_K1, scale_K1, mask=live_K1)
+    whole_K1 = (most_K1 > 0) & (most_K1 < float("inf"))
+    x_KD = tl.div_rn(tl.where(whole_K1, x_KD, 0.0), tl.where(whole_K1, most_K1, 1.0)) * 127.0
+    return (x_KD + 12582912.0 - 12582912.0).to(tl.int8)   # 1.5 * 2^23: float32 has no digits behind the point there
+
+
+@jit
+def _write_kv_kernel(k_ptr, v_ptr, k_pool_ptr, v_pool_ptr, k_scale_ptr, v_scale_ptr, slots_ptr, k_stride, v_stride,
+                     head_stride, K: tl.constexpr, K_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
     """One token's K and V, all heads, into its slot; slot -1, of an idle request, is nowhere."""
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + t)
@@ -414,12 +468,19 @@ def _write_kv_kernel(k_ptr, v_ptr, k_pool_ptr, v_pool_ptr, slots_ptr, k_stride, 
         h, d = tl.arange(0, K_PAD).to(tl.int64)[:, None], tl.arange(0, D_PAD)[None, :]
         live = (h < K) & (d < D)
         to = h * head_stride + slot * D + d
-        tl.store(k_pool_ptr + to, tl.load(k_ptr + t * k_stride + h * D + d, mask=live), mask=live)
-        tl.store(v_pool_ptr + to, tl.load(v_ptr + t * v_stride + h * D + d, mask=live), mask=live)
+        k_KD = tl.load(k_ptr + t * k_stride + h * D + d, mask=live)
+        v_KD = tl.load(v_ptr + t * v_stride + h * D + d, mask=live)
+        if k_scale_ptr is not None:
+            at_K1 = h * (head_stride // D) + slot
+            k_KD = _quantize(k_KD, live, k_scale_ptr + at_K1, h < K)
+            v_KD = _quantize(v_KD, live, v_scale_ptr + at_K1, h < K)
+        tl.store(k_pool_ptr + to, k_KD, mask=live)
+        tl.store(v_pool_ptr + to, v_KD, mask=live)
 
 
 def attention_triton(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch, scale: float,
-                     window: int | None = None) -> Tensor:
+                     window: int | None = None, k_scale_KNS: Tensor | None = None,
+                     v_scale_KNS: Tensor | None = None) -> Tensor:
     """Attention by the kernels above: one launch for the decodes, one for the prompts.
 
     q_THD may be a view with a row stride of its own; heads and D must be contiguous.
@@ -438,14 +499,14 @@ def attention_triton(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch
             torch.empty(len(work), H, D, device=device), *torch.empty(2, len(work), H, device=device),
             torch.zeros(n * K, dtype=torch.int32, device=device)))
         _decode_kernel[(len(work), K)](
-            q_THD, out_THD, o, m, l, arrived, k_KNSD, v_KNSD, batch.block_tables_UM, batch.kv_lens, work,
-            q_THD.stride(0), N * S * D, scale * LOG2E, **shape, ROWS=ROWS, **options)
+            q_THD, out_THD, o, m, l, arrived, k_KNSD, v_KNSD, k_scale_KNS, v_scale_KNS, batch.block_tables_UM,
+            batch.kv_lens, work, q_THD.stride(0), N * S * D, scale * LOG2E, **shape, ROWS=ROWS, **options)
     if n < len(batch.chunks):
         options = prefill_options(D, G, q_THD.dtype, capability_of(device))
         work = batch.table("prompts", lambda batch: cut_prompts(batch, options["ROWS"] // G))
         _prefill_kernel[(len(work), K)](
-            q_THD, out_THD, k_KNSD, v_KNSD, batch.block_tables_UM, batch.query_starts, batch.kv_lens, work,
-            q_THD.stride(0), N * S * D, scale * LOG2E, **shape, **options)
+            q_THD, out_THD, k_KNSD, v_KNSD, k_scale_KNS, v_scale_KNS, batch.block_tables_UM, batch.query_starts,
+            batch.kv_lens, work, q_THD.stride(0), N * S * D, scale * LOG2E, **shape, **options)
     return out_THD
 
 
@@ -522,12 +583,13 @@ def cut_prompts(batch: Batch, tokens_per_tile: int) -> list[tuple[int, ...]]:
     return [tile for _, *tile in sorted(work, reverse=True)]
 
 
-def write_kv_triton(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, slots_T: Tensor):
+def write_kv_triton(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, slots_T: Tensor,
+                    k_scale_KNS: Tensor | None = None, v_scale_KNS: Tensor | None = None):
     """Put the step's K and V into their slots of the pool."""
     load_triton()
     (T, K, D), (_, N, S, _) = k_TKD.shape, k_KNSD.shape
-    _write_kv_kernel[(T,)](k_TKD, v_TKD, k_KNSD, v_KNSD, slots_T, k_TKD.stride(0), v_TKD.stride(0), N * S * D,
-                           K, triton.next_power_of_2(K), D, triton.next_power_of_2(D))
+    _write_kv_kernel[(T,)](k_TKD, v_TKD, k_KNSD, v_KNSD, k_scale_KNS, v_scale_KNS, slots_T, k_TKD.stride(0),
+                           v_TKD.stride(0), N * S * D, K, triton.next_power_of_2(K), D, triton.next_power_of_2(D))
 
 
 # ---------------------------------------------------------------------------------------------

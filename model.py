@@ -57,7 +57,7 @@ class Model:
         """Run the batch's T tokens, leave their K and V in the pool; logits float32 [len(batch.logit_rows), V]."""
         c, w, llama = self.config, self.weights, self.config.family == "llama"
         H, K, D = c.H, c.K, c.D
-        k_LKNSD, v_LKNSD = pool.k_LKNSD.unbind(), pool.v_LKNSD.unbind()
+        layers = list(zip(*(memory.unbind() for memory in pool.memory)))   # K, V, and in INT8 the scales of both
         x_TE = w["embedding"][0].weight[batch.tokens_T]
         if llama:
             angles_T1P = batch.positions_T[:, None, None] * self.frequencies    # P = D / 2 pairs
@@ -72,8 +72,9 @@ class Model:
                 qk = F.rms_norm(qk, (D,), eps=c.eps) * self.qk_norm[l]
             if llama:
                 qk = rotate(qk, turns_T1P)
-            self.write_kv(qk[:, H:], v_TKD, k_LKNSD[l], v_LKNSD[l], batch.slots_T)
-            o_THD = self.attention(qk[:, :H], k_LKNSD[l], v_LKNSD[l], batch, c.scales[l], c.windows[l])
+            k_KNSD, v_KNSD, *scales = layers[l]
+            self.write_kv(qk[:, H:], v_TKD, k_KNSD, v_KNSD, batch.slots_T, *scales)
+            o_THD = self.attention(qk[:, :H], k_KNSD, v_KNSD, batch, c.scales[l], c.windows[l], *scales)
             x_TE += linear(o_THD.flatten(1), w["out"][l])
 
             h = linear(norm(x_TE, w["mlp_norm"][l], c.eps), w["up"][l])

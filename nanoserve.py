@@ -277,16 +277,19 @@ class LLM:
     runs the same kernels in Triton's interpreter, slowly. block_size: tokens per KV block; num_blocks: blocks
     in the pool; max_batched_tokens: tokens per step; None is what suits the device. max_seqs: texts that may be
     written at once. prefix_cache: whether to look for prompts' beginnings among blocks computed before.
-    cuda_graphs: whether decode steps are replayed; None: wherever attention is "triton" on a GPU. quantization: "int8"
-    or "fp8" brings the weights into 8 bits while they are loaded. weights: those of another LLM of the same model, to
-    share; None: they are read.
+    kv_cache_dtype: "auto" keeps K and V as the model computes them; "int8" in a byte a number and a scale per token and
+    KV head, in a half to nearly a quarter of the memory. quantization: "int8" or "fp8" brings the weights into 8 bits
+    while they are loaded.
+    cuda_graphs: whether decode steps are replayed; None: wherever attention is "triton" on a GPU. weights: those of
+    another LLM of the same model, to share; None: they are read.
     Raises ValueError, in one sentence, for what does not exist or does not fit.
     """
 
     def __init__(self, model: str | Path | Config, device: str = "auto", dtype: str = "auto", attention: str = "auto",
                  block_size: int | None = None, num_blocks: int | None = None, max_batched_tokens: int | None = None,
-                 max_seqs: int = 64, prefix_cache: bool = True, cuda_graphs: bool | None = None,
-                 quantization: str | None = None, weights: dict[str, list[Part]] | None = None):
+                 max_seqs: int = 64, prefix_cache: bool = True, quantization: str | None = None,
+                 kv_cache_dtype: str = "auto", cuda_graphs: bool | None = None,
+                 weights: dict[str, list[Part]] | None = None):
         self.folder = None if isinstance(model, Config) else Path(model)
         self.config = c = read_config(self.folder) if self.folder else model
         self.device = find_device(device)
@@ -296,6 +299,13 @@ class LLM:
             self.dtype, self.dtype_reason = fastest_dtype(c.dtype, self.device, c.I, c.E)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not supported: use auto, {', '.join(DTYPES)}")
+        if quantization not in (None, *QUANTIZATIONS):
+            raise ValueError(f"quantization {quantization!r} is not supported: use {' or '.join(QUANTIZATIONS)}")
+        if quantization and c.stored:
+            raise ValueError(f"{self.folder} is stored in {c.stored} already: leave quantization out")
+        if kv_cache_dtype not in ("auto", "int8"):
+            raise ValueError(f"kv_cache_dtype {kv_cache_dtype!r} is not supported: use auto or int8")
+        self.kv_cache_dtype = kv_cache_dtype
         if attention == "auto":
             able = gpu and kernels.capability_of(self.device) >= 80 and kernels.load_triton()
             attention = "triton" if able else "torch"
@@ -305,10 +315,6 @@ class LLM:
                             ("max_batched_tokens", max_batched_tokens), ("max_seqs", max_seqs)):
             if value is not None and (not is_int(value) or not 0 < value < 2 ** 31):
                 raise ValueError(f"{what} is {str(value)[:50]}: it must be a whole number from 1 to 2147483647")
-        if quantization not in (None, *QUANTIZATIONS):
-            raise ValueError(f"quantization {quantization!r} is not supported: use {' or '.join(QUANTIZATIONS)}")
-        if quantization and c.stored:
-            raise ValueError(f"{self.folder} is stored in {c.stored} already: leave quantization out")
         kernels.check(attention, self.device, DTYPES[self.dtype], c.H, c.K, c.D, block_size)
         if cuda_graphs and attention != "triton":
             raise ValueError(f"cuda_graphs=True needs attention='triton', not {attention!r}: leave one of them out")
@@ -334,8 +340,9 @@ class LLM:
 
     def _make_pool(self, block_size: int, num_blocks: int | None, max_seqs: int, prefix_cache: bool) -> KVPool:
         """The pool: room for max_seqs full contexts, or for as much of them as memory allows."""
-        c, dtype = self.config, DTYPES[self.dtype]
-        block_bytes, full = 2 * c.L * c.K * block_size * c.D * dtype.itemsize, -(-c.context // block_size)
+        c, int8, dtype = self.config, self.kv_cache_dtype == "int8", DTYPES[self.dtype]
+        row_bytes = c.D + 4 if int8 else c.D * dtype.itemsize   # K or V of a token and head; in INT8 with its scale
+        block_bytes, full = 2 * c.L * c.K * block_size * row_bytes, -(-c.context // block_size)
         most, share = memory_for_pool(self.device)
         if num_blocks is None:
             num_blocks = max(1, min(full * max_seqs, share // block_bytes))
@@ -346,7 +353,8 @@ class LLM:
         if tables * width * 8 > most // 8:
             raise ValueError(f"block tables for {max_seqs} requests of {width} blocks need {tables * width / 125e6:.1f}"
                              " GB: lower max_seqs or max_batched_tokens")
-        return KVPool(c.L, c.K, c.D, num_blocks, block_size, dtype, self.device, prefix_cache, tables, width)
+        return KVPool(c.L, c.K, c.D, num_blocks, block_size, torch.int8 if int8 else dtype, self.device, prefix_cache,
+                      tables, width)
 
     # --- the loop, one turn at a time
 

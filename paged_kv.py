@@ -48,16 +48,22 @@ class KVPool:
 
     k_LKNSD and v_LKNSD are the memory: layer, KV head, block, offset, head size. With heads outside
     blocks, one block of one head is contiguous. The memory starts uninitialised: what no request has
-    written, no request reads. block_tables_UM is what the device sees of the tables in use, of which there may
-    be `max_tables` of `max_blocks` each; `upload` brings it up to date with the few entries that have changed.
+    written, no request reads. With dtype int8 there is a float32 scale for every token and head beside them,
+    k_scale_LKNS and v_scale_LKNS: a number is its byte times its scale (kernels.py says how they are made). `memory`
+    is all of these tensors; [:, :, block] of each is what a block holds. block_tables_UM is what the device sees of the
+    tables in use, of which there may be `max_tables` of `max_blocks` each; `upload` brings it up to date with the few
+    entries that have changed.
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, num_blocks: int, block_size: int,
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", prefix_cache: bool = True,
                  max_tables: int = 64, max_blocks: int | None = None):
-        shape = layers, kv_heads, num_blocks, block_size, head_dim
-        self.k_LKNSD = torch.empty(shape, dtype=dtype, device=device)
-        self.v_LKNSD = torch.empty(shape, dtype=dtype, device=device)
+        shape = layers, kv_heads, num_blocks, block_size
+        self.k_LKNSD, self.v_LKNSD = (torch.empty(*shape, head_dim, dtype=dtype, device=device) for _ in "kv")
+        self.memory = self.k_LKNSD, self.v_LKNSD
+        if dtype == torch.int8:
+            self.k_scale_LKNS, self.v_scale_LKNS = (torch.empty(shape, device=device) for _ in "kv")
+            self.memory += self.k_scale_LKNS, self.v_scale_LKNS
         self.num_blocks, self.block_size, self.prefix_cache = num_blocks, block_size, prefix_cache
         self.references = [0] * num_blocks                    # tables that hold each block
         self.free = FreeBlocks(num_blocks)
@@ -129,8 +135,8 @@ class KVPool:
             self.references[shared] -= 1
             table.blocks.pop()
             self._append(table, self._take(shared + 1))
-            for memory_LKNSD in (self.k_LKNSD, self.v_LKNSD):
-                memory_LKNSD[:, :, table.blocks[-1]] = memory_LKNSD[:, :, shared]
+            for memory in self.memory:
+                memory[:, :, table.blocks[-1]] = memory[:, :, shared]
         return True
 
     def _append(self, table: BlockTable, block: int):

@@ -210,6 +210,16 @@ ACTIVATIONS = {"gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh, "gelu": la
                "relu": lambda x: x.clamp(min=0), "silu": silu, "swish": silu}
 
 
+def as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def int8(x: Tensor) -> Tensor:
+    """K or V [K, T, D] as a cache of int8 gives them back: every row in 127 steps up to its largest element."""
+    step = x.abs().amax(-1, keepdim=True) / 127
+    return (x / step).round() * step
+
+
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
     """q [H, T, D], k and v [K, T, D]."""
     k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], 0) for x in (k, v))
@@ -218,7 +228,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int |
     return torch.where(seen, q @ k.mT * scale, -torch.inf).softmax(-1) @ v
 
 
-def plain_gpt2(c: dict, w: dict[str, Tensor], ids: list[int]) -> Tensor:
+def plain_gpt2(c: dict, w: dict[str, Tensor], ids: list[int], kv) -> Tensor:
     w = {name.removeprefix("transformer."): tensor.double() for name, tensor in w.items()}
     E, H = c["n_embd"], c["n_head"]
     act = ACTIVATIONS[c.get("activation_function") or "gelu_new"]
@@ -237,7 +247,7 @@ def plain_gpt2(c: dict, w: dict[str, Tensor], ids: list[int]) -> Tensor:
         scale = 1.0 if c.get("scale_attn_weights") is False else 1 / math.sqrt(E // H)
         if c.get("scale_attn_by_inverse_layer_idx"):
             scale /= l + 1
-        x = x + conv(plain_attention(q, k, v, scale, None).transpose(0, 1).reshape(-1, E), f"h.{l}.attn.c_proj")
+        x = x + conv(plain_attention(q, kv(k), kv(v), scale, None).transpose(0, 1).reshape(-1, E), f"h.{l}.attn.c_proj")
         x = x + conv(act(conv(norm(x, f"h.{l}.ln_2"), f"h.{l}.mlp.c_fc")), f"h.{l}.mlp.c_proj")
     return norm(x, "ln_f") @ w.get("lm_head.weight", w["wte.weight"]).T
 
@@ -272,7 +282,7 @@ def plain_window(c: dict, l: int) -> int | None:
     return c.get("sliding_window", 4096) if l >= c.get("max_window_layers", 28) else None
 
 
-def plain_llama(c: dict, w: dict[str, Tensor], ids: list[int]) -> Tensor:
+def plain_llama(c: dict, w: dict[str, Tensor], ids: list[int], kv) -> Tensor:
     w = {name.removeprefix("model."): tensor.double() for name, tensor in w.items()}
     T, D, act = len(ids), heads(c)[2], ACTIVATIONS[c.get("hidden_act") or "silu"]
     angles = torch.arange(T)[:, None] * torch.tensor(plain_frequencies(c), dtype=torch.float64)
@@ -296,24 +306,24 @@ def plain_llama(c: dict, w: dict[str, Tensor], ids: list[int]) -> Tensor:
         q, k, v = (project(h, f"{at}self_attn.{name}_proj").view(T, -1, D).transpose(0, 1) for name in "qkv")
         if c["model_type"] == "qwen3":
             q, k = norm(q, at + "self_attn.q_norm"), norm(k, at + "self_attn.k_norm")
-        o = plain_attention(turn(q), turn(k), v, D ** -0.5, plain_window(c, l))
+        o = plain_attention(turn(q), kv(turn(k)), kv(v), D ** -0.5, plain_window(c, l))
         x = x + project(o.transpose(0, 1).reshape(T, -1), at + "self_attn.o_proj")
         h = norm(x, at + "post_attention_layernorm")
         x = x + project(act(project(h, at + "mlp.gate_proj")) * project(h, at + "mlp.up_proj"), at + "mlp.down_proj")
     return project(norm(x, "norm"), "lm_head" if "lm_head.weight" in w else "embed_tokens")
 
 
-def plain(config: dict, tensors: dict[str, Tensor], ids: list[int]) -> Tensor:
+def plain(config: dict, tensors: dict[str, Tensor], ids: list[int], kv=as_it_is) -> Tensor:
     """float64 [T, V]: the logits after each token. Tensors that no layer names are ignored, as biases and heads are used
-    wherever they are stored."""
-    return (plain_gpt2 if config["model_type"] == "gpt2" else plain_llama)(config, tensors, ids)
+    wherever they are stored. kv: what a cache makes of K and V."""
+    return (plain_gpt2 if config["model_type"] == "gpt2" else plain_llama)(config, tensors, ids, kv)
 
 
-def plain_greedy(config: dict, tensors: dict[str, Tensor], ids: list[int], n: int) -> list[int]:
+def plain_greedy(config: dict, tensors: dict[str, Tensor], ids: list[int], n: int, kv=as_it_is) -> list[int]:
     """n greedy tokens, the whole prefix recomputed for each."""
     ids = list(ids)
     for _ in range(n):
-        ids.append(int(plain(config, tensors, ids)[-1].argmax()))
+        ids.append(int(plain(config, tensors, ids, kv)[-1].argmax()))
     return ids[-n:]
 
 

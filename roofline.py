@@ -40,8 +40,8 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint import DTYPES, Config, read_config
-from linear import Part, linear, pack
+from checkpoint import Config, read_config
+from linear import DTYPES, Part, linear, pack
 
 
 # ---------------------------------------------------------------------------------------------
@@ -52,7 +52,8 @@ class Cost(NamedTuple):
     bytes: float
 
 
-def step_cost(c: Config, chunks: list[tuple[int, int]], itemsize: int, logits: int | None = None) -> Cost:
+def step_cost(c: Config, chunks: list[tuple[int, int]], itemsize: int, logits: int | None = None,
+              kv_cache_dtype: str = "auto") -> Cost:
     """Operations and bytes of one step for requests of (new, past) tokens, of whom `logits` (None: all) want logits.
 
     Operations: two per weight of a layer and new token; two per weight of the head and request; four per head
@@ -61,14 +62,14 @@ def step_cost(c: Config, chunks: list[tuple[int, int]], itemsize: int, logits: i
     past once, and those of new tokens written and read. Activations stay in caches. (Pope et al. 2022, section 2.)
     """
     weights, head, logits = layer_weights(c), c.V * c.E, len(chunks) if logits is None else logits
-    new, pairs, kv = sum(n for n, _ in chunks), 0, 0
+    new, pairs, rows = sum(n for n, _ in chunks), 0, 0   # rows: of K and V of all heads
     for window in c.windows:   # a query sees itself and window - 1 tokens before it
         w = window or c.context
         pairs += sum(min(past + i + 1, w) for n, past in chunks for i in range(n)) if window else sum(
             n * past + n * (n + 1) // 2 for n, past in chunks)
-        kv += 2 * c.K * c.D * (sum(min(past, w - 1) for _, past in chunks) + 2 * new)
+        rows += sum(min(past, w - 1) for _, past in chunks) + 2 * new
     return Cost(2 * new * weights + 2 * logits * head + 4 * c.H * c.D * pairs,
-                itemsize * (weights + head * bool(logits) + kv))
+                itemsize * (weights + head * bool(logits)) + kv_bytes(c, itemsize, kv_cache_dtype) // c.L * rows)
 
 
 def layer_weights(c: Config) -> int:
@@ -76,9 +77,9 @@ def layer_weights(c: Config) -> int:
     return c.L * (c.E * (c.H + 2 * c.K) * c.D + c.H * c.D * c.E + c.I * c.E * (3 if c.family == "llama" else 2))
 
 
-def kv_bytes(c: Config, itemsize: int) -> int:
-    """Bytes of K and V per token of context."""
-    return 2 * c.L * c.K * c.D * itemsize
+def kv_bytes(c: Config, itemsize: int, kv_cache_dtype: str = "auto") -> int:
+    """Bytes of K and V per token of context; in INT8 with a scale of 4 bytes per head."""
+    return 2 * c.L * c.K * (c.D + 4 if kv_cache_dtype == "int8" else c.D * itemsize)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 import bench
 import checkpoint
+import linear
 import cli
 import kernels
 import model
@@ -93,7 +94,7 @@ def test_operations_and_bytes_equal_what_torch_counts(tmp_path, monkeypatch, nam
     write_checkpoint(tmp_path, config, tensors)
     from torch.utils.flop_counter import FlopCounterMode   # imports Triton, which kernels.py must set up first
     for module in (checkpoint, model, nanoserve):   # operations that the counter knows
-        monkeypatch.setattr(module, "pack", lambda part: part, raising=False)
+        monkeypatch.setattr(module, "pack", lambda part, dtype: part, raising=False)
     monkeypatch.setattr(model, "linear", lambda x, part: torch.nn.functional.linear(x, part.weight, part.bias))
     llm = LLM(tmp_path, device="cpu", dtype="float32", attention="naive", block_size=4)
     c, requests = llm.config, [(1, 20), (1, 0), (9, 5), (7, 0), (4, 26)]
@@ -548,7 +549,7 @@ def test_the_measurements_of_a_gpu_run_to_their_end(poisoned, monkeypatch, capsy
     if DEVICE == "cpu":   # a millisecond for 2 K D T numbers of 2 bytes, which a GB/s would read in 0.512
         assert decode["rows"][0][1:] == ["1000 us", "0.00 TB/s", "51%"]
         assert prefill["rows"][0][1:3] == ["0 TFLOP/s", "0%"] and prefill["rows"][0][3] == 1.0
-    bound = 1e9 / step_cost(config_of("tiny"), [(1, 300)], torch.empty(0, dtype=checkpoint.DTYPES[texts["rows"][0][0].split()[1]]).itemsize).bytes
+    bound = 1e9 / step_cost(config_of("tiny"), [(1, 300)], torch.empty(0, dtype=linear.DTYPES[texts["rows"][0][0].split()[1]]).itemsize).bytes
     assert texts["rows"][0][2] == f"{bound:.0f}" and int(texts["rows"][0][1]) > 0
     assert texts["rows"][1] == ["huge", "does not fit", "-", "-"]
 

@@ -1,5 +1,6 @@
 """How we know that attention and the pool are right. (Read it beside kernels.py and paged_kv.py.)"""
 
+import itertools
 import json
 import math
 import os
@@ -56,44 +57,54 @@ def add_alibi(patch, H):
     return 2.0 ** -np.arange(1.0, H + 1)
 
 
-def paged(requests, S, K, D, dtype, seed, logits=1):
+def in_127_steps(x):
+    """[..., D] as bytes and float32 scales, a row at a time: the definition of an INT8 pool, for finite numbers."""
+    scales = np.float32(abs(x).max(-1, initial=0) / 127)
+    return np.rint(x / np.where(scales > 0, scales, 1)[..., None]).astype(np.int8), scales
+
+
+def paged(requests, S, K, D, dtype, seed, logits=1, int8=False):
     """Requests of (query tokens, past) as numpy q, k, v each, and as a batch over a pool with shuffled blocks
-    in which every slot that no request owns is NaN."""
+    in which every slot that no request owns is NaN. The pool is K, V and, with int8, the scales of K and of V; then k and
+    v are what its bytes and scales stand for."""
     rng = np.random.default_rng(seed)
     requests = sorted(requests, key=lambda r: r[0] > 1)
     need = [-(-(n + past) // S) for n, past in requests]
     shuffled = rng.permutation(sum(need) + 2).tolist()
-    pool_k = torch.full((K, len(shuffled), S, D), math.nan, dtype=dtype)
-    pool_v = pool_k.clone()
+    pools = [torch.full((K, len(shuffled), S, D), -128 if int8 else math.nan, dtype=torch.int8 if int8 else dtype) for _ in "kv"]
+    pools += [torch.full((K, len(shuffled), S), math.nan) for _ in "kv"] * int8
     chunks, dense = [], []
     for (n, past), blocks in zip(requests, need):
         table = [shuffled.pop() for _ in range(blocks)]
-        k, v = (torch.from_numpy(rng.standard_normal((n + past, K, D))).to(dtype) for _ in "kv")
-        for t in range(n + past):
-            pool_k[:, table[t // S], t % S] = k[t]
-            pool_v[:, table[t // S], t % S] = v[t]
+        k, v = rows = [torch.from_numpy(rng.standard_normal((n + past, K, D))).to(dtype) for _ in "kv"]
+        if int8:   # rows large and small: the scale of another would be seen
+            (k, k_scale), (v, v_scale) = (in_127_steps(rng.choice([0.1, 0.5, 1.0], (n + past, K, 1)) * x.double().numpy()) for x in rows)
+            rows = list(map(torch.from_numpy, (k, v, k_scale, v_scale)))
+            k, v = (torch.from_numpy(x * scale[..., None].astype(np.float64)) for x, scale in ((k, k_scale), (v, v_scale)))
+        for t, (pool, row) in itertools.product(range(n + past), zip(pools, rows)):
+            pool[:, table[t // S], t % S] = row[t]
         chunks.append(Chunk([0] * n, past, table, logits))
         dense.append((k.double().numpy(), v.double().numpy()))
-    return chunks, dense, pool_k.to(DEVICE), pool_v.to(DEVICE)
+    return chunks, dense, *(pool.to(DEVICE) for pool in pools)
 
 
 ragged = st.lists(st.tuples(st.one_of(st.just(1), st.integers(1, 70)), st.integers(0, 90)), min_size=1, max_size=4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(requests=ragged, heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 2), (5, 1), (14, 2), (32, 1)]),
        D=st.sampled_from([4, 8, 16, 20, 64, 80, 96, 128, 256]), S=st.sampled_from([1, 3, 8, 16, 32, 64, 256]),
        window=st.one_of(st.none(), st.integers(1, 80)), dtype=st.sampled_from([torch.float32, torch.float16]),
-       alibi=st.booleans(), seed=st.integers(0, 999))
-def test_kernel_equals_dense_attention(poisoned, backend, requests, heads, D, S, window, dtype, alibi, seed):
+       alibi=st.booleans(), int8=st.booleans(), seed=st.integers(0, 999))
+def test_kernel_equals_dense_attention(poisoned, backend, requests, heads, D, S, window, dtype, alibi, int8, seed):
     (H, K), scale = heads, 1.5 * D ** -0.5
-    chunks, dense, pool_k, pool_v = paged(requests, S, K, D, dtype, seed)
+    chunks, dense, pool_k, pool_v, *scales = paged(requests, S, K, D, dtype, seed, int8=int8)
     batch = make_batch(chunks, S, DEVICE)
     q = torch.from_numpy(np.random.default_rng(seed + 1).standard_normal((len(batch.tokens_T), H + 2, D))).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
         slopes = add_alibi(patch, H) if alibi else None
-        out = kernels.ATTENTION[backend](q.to(DEVICE)[:, :H], pool_k, pool_v, batch, scale, window).double().cpu().numpy()
+        out = kernels.ATTENTION[backend](q.to(DEVICE)[:, :H], pool_k, pool_v, batch, scale, window, *scales).double().cpu().numpy()
     start = 0
     for chunk, (k, v) in zip(chunks, dense):
         rows = slice(start, start := start + len(chunk.tokens))
@@ -116,12 +127,14 @@ def test_kernel_holds_when_scores_differ_by_hundreds(poisoned, backend):
 @settings(max_examples=60)
 @given(lens=st.lists(st.tuples(st.one_of(st.just(1), st.integers(2, 40)), st.integers(0, 200)), min_size=1, max_size=6),
        heads=st.sampled_from([(4, 4), (6, 2), (5, 1)]), S=st.sampled_from([1, 4, 16]), alibi=st.booleans(),
-       window=st.one_of(st.none(), st.integers(1, 150)), in_place=st.sampled_from([0, 40_000, 10 ** 9]), seed=st.integers(0, 99))
-def test_torch_reads_neighbouring_blocks_in_place_and_gathers_others(poisoned, lens, heads, S, alibi, window, in_place, seed):
+       window=st.one_of(st.none(), st.integers(1, 150)), in_place=st.sampled_from([0, 40_000, 10 ** 9]),
+       int8=st.booleans(), seed=st.integers(0, 99))
+def test_torch_reads_neighbouring_blocks_in_place_and_gathers_others(poisoned, lens, heads, S, alibi, window, in_place, int8, seed):
     (H, K), D, rng = heads, 16, np.random.default_rng(seed)
     requests = sorted(lens, key=lambda r: r[0] > 1)
     need = [-(-(n + past) // S) for n, past in requests]
     k_KNSD, v_KNSD = torch.full((2, K, sum(need) + len(need), S, D), math.nan)
+    scales = torch.full((2, K, sum(need) + len(need), S), math.nan) if int8 else ()
     chunks, dense, at = [], [], 0
     for (n, past), blocks in zip(requests, need):
         table = list(range(at, at + blocks))
@@ -129,16 +142,25 @@ def test_torch_reads_neighbouring_blocks_in_place_and_gathers_others(poisoned, l
         if rng.random() < 0.3:
             rng.shuffle(table)
         k, v = torch.from_numpy(rng.standard_normal((2, n + past, K, D))).float()
+        if int8:
+            (k, k_scale), (v, v_scale) = (map(torch.from_numpy, in_127_steps(x.numpy())) for x in (k, v))
         for t in range(n + past):
-            k_KNSD[:, table[t // S], t % S], v_KNSD[:, table[t // S], t % S] = k[t], v[t]
+            slot = slice(None), table[t // S], t % S
+            k_KNSD[slot], v_KNSD[slot] = k[t], v[t]
+            if int8:
+                scales[0][slot], scales[1][slot] = k_scale[t], v_scale[t]
+        if int8:
+            k, v = k * k_scale.double()[..., None], v * v_scale.double()[..., None]
         chunks.append(Chunk([0] * n, past, [int(block) for block in table]))
         dense.append((k.double().numpy(), v.double().numpy()))
     batch = make_batch(chunks, S)
+    if int8:
+        k_KNSD, v_KNSD = (x.nan_to_num(-128).to(torch.int8) for x in (k_KNSD, v_KNSD))
     q = torch.from_numpy(rng.standard_normal((len(batch.tokens_T), H, D))).float()
     with pytest.MonkeyPatch.context() as patch:
         slopes = add_alibi(patch, H) if alibi else None
         patch.setattr(kernels, "IN_PLACE", in_place)
-        out = kernels.attention_torch(q, k_KNSD, v_KNSD, batch, 0.3, window)
+        out = kernels.attention_torch(q, k_KNSD, v_KNSD, batch, 0.3, window, *scales)
     for rows, (k, v) in zip(map(slice, batch.starts, batch.starts[1:]), dense):
         expected = dense_attention(q[rows].double().numpy(), k, v, 0.3, window, slopes)
         np.testing.assert_allclose(out[rows], expected, rtol=1e-5, atol=1e-5)
@@ -168,12 +190,12 @@ def test_torch_serves_many_short_decodes_in_few_calls_and_a_long_one_in_place():
     assert calls([4096, 8000, 30, 31]) == (3, 2)
 
 
-def attend(backend, requests, window, S=8, heads=(4, 2), D=16, seed=0, batch=None):
+def attend(backend, requests, window, S=8, heads=(4, 2), D=16, seed=0, batch=None, int8=False):
     """The largest difference between a backend's attention and the dense one; and the batch."""
-    chunks, dense, pool_k, pool_v = paged(requests, S, heads[1], D, torch.float32, seed)
+    chunks, dense, pool_k, pool_v, *scales = paged(requests, S, heads[1], D, torch.float32, seed, int8=int8)
     batch = batch or make_batch(chunks, S, DEVICE)
     q = torch.from_numpy(np.random.default_rng(seed + 1).standard_normal((len(batch.tokens_T), heads[0], D))).float()
-    out = kernels.ATTENTION[backend](q.to(DEVICE), pool_k, pool_v, batch, 0.3, window).double().cpu().numpy()
+    out = kernels.ATTENTION[backend](q.to(DEVICE), pool_k, pool_v, batch, 0.3, window, *scales).double().cpu().numpy()
     worst = 0.0
     for rows, (k, v) in zip(map(slice, batch.starts, batch.starts[1:]), dense):
         worst = max(worst, abs(out[rows] - dense_attention(q[rows].double().numpy(), k, v, 0.3, window)).max())
@@ -184,10 +206,10 @@ def attend(backend, requests, window, S=8, heads=(4, 2), D=16, seed=0, batch=Non
 def test_kernel_with_a_window_at_every_offset_to_the_tiles(poisoned, backend):
     """A window begins at any place within a tile of 32 keys, and the first row's is not the last row's."""
     for past in range(60, 92):
-        worst, _ = attend(backend, [(1, past), (9, past + 17)], window=29, heads=(2, 1))
+        worst, _ = attend(backend, [(1, past), (9, past + 17)], window=29, heads=(2, 1), int8=past % 2 == 0)
         assert worst < 1e-5, past
     for window in range(1, 70, 3):
-        worst, _ = attend(backend, [(1, 70), (40, 31)], window, heads=(2, 1))
+        worst, _ = attend(backend, [(1, 70), (40, 31)], window, heads=(2, 1), int8=window % 2 == 0)
         assert worst < 1e-5, window
 
 
@@ -198,7 +220,7 @@ def test_layers_with_windows_of_their_own_share_a_step(poisoned, backend):
     for windows in ((None, 7, 150, 40), (7, None, 40, 150, 7)):   # the first layer sees all keys, or the fewest
         batch = None
         for window in windows:
-            worst, batch = attend(backend, requests, window, batch=batch)
+            worst, batch = attend(backend, requests, window, batch=batch, int8=window == 40)
             assert worst < 1e-5, window
 
 
@@ -259,6 +281,48 @@ def test_kernel_writes_kv_into_its_slots_and_nowhere_else(backend, T, K, D, S, s
         torch.testing.assert_close(pool.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=15)
+@given(T=st.integers(1, 40), K=st.integers(1, 5), D=st.sampled_from([8, 24, 64]), S=st.sampled_from([1, 7, 16]),
+       dtype=st.sampled_from([torch.float32, torch.float16]), seed=st.integers(0, 99))
+def test_kernel_writes_bytes_and_scales_into_their_slots_and_nowhere_else(backend, T, K, D, S, dtype, seed):
+    """Also where a row is all zeros, or has one element that is a thousand times the others."""
+    generator = torch.Generator().manual_seed(seed)
+    N = -(-T // S) + 2
+    slots = torch.randperm(N * S, generator=generator)[:T]
+    new = [torch.randn(T, K + 1, D, generator=generator)[:, :K].to(dtype) for _ in "kv"]
+    new[0][0, 0], new[1][-1, -1], new[1][0, 0, D // 2] = 0, 0, 3000
+    pools = [torch.full((K, N, S, D), -128, dtype=torch.int8, device=DEVICE) for _ in "kv"]
+    scales = [torch.full((K, N, S), math.nan, device=DEVICE) for _ in "kv"]
+    kernels.WRITE_KV[backend](*(x.to(DEVICE) for x in new), *pools, slots.to(DEVICE), *scales)
+    for pool, scale, values in zip(pools, scales, new):
+        steps, largest = in_127_steps(values.double().numpy())
+        for t, slot in enumerate(slots.tolist()):
+            at = slice(None), slot // S, slot % S
+            np.testing.assert_allclose(scale.cpu()[at], largest[t], rtol=1e-6)
+            off = pool.cpu()[at].numpy() != steps[t]   # float32 may round what is half-way to the other side
+            halves = abs(abs(values[t].double().numpy() / np.where(largest[t] > 0, largest[t], 1)[:, None] % 1) - 0.5)
+            assert (halves[off] < 1e-4).all()
+            pool[at], scale[at] = -128, math.nan
+        assert (pool == -128).all() and scale.isnan().all(), "nowhere else"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_shows_in_every_output_that_sees_its_row(poisoned, backend, fault):
+    """Three tokens of two heads; the second token has it in the second head of its key, or of its value."""
+    for spoilt in range(2):
+        new = [torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+        new[spoilt][1, 1, 5] = fault
+        pool = KVPool(1, 2, 16, 2, 2, torch.int8, DEVICE)
+        batch = make_batch([Chunk([0] * 3, 0, [1, 0])], 2, DEVICE)
+        k_KNSD, v_KNSD, *scales = (memory[0] for memory in pool.memory)
+        kernels.WRITE_KV[backend](*(x.to(DEVICE) for x in new), k_KNSD, v_KNSD, batch.slots_T, *scales)
+        q = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+        out = kernels.ATTENTION[backend](q, k_KNSD, v_KNSD, batch, 0.3, None, *scales)
+        assert out[:, :2].isfinite().all() and out[1:, 2:].isnan().all()
+
+
 @pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
 def test_kernels_compile_for_gpus_that_are_not_here():
     """The interpreter accepts more than the compiler does; and what the compiler makes must not spill."""
@@ -270,9 +334,11 @@ print(json.dumps([c for sm in (80, 90) for c in bench.compile_launches(lambda: b
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     compiled = {(c["kernel"], c["gpu"]): c for c in json.loads(done.stdout)}
-    assert set(compiled) == {(kernel, gpu) for kernel in ("prefill", "decode", "write_kv") for gpu in ("sm_80", "sm_90")}
+    assert set(compiled) == {(kernel + pool, gpu) for kernel in ("prefill", "decode", "write_kv") for pool in ("", " int8")
+                             for gpu in ("sm_80", "sm_90")}
     assert all(c["spills"] == 0 and c["programs"] >= 1 for c in compiled.values())
-    assert compiled["prefill", "sm_90"]["units"] == "wgmma" and compiled["decode", "sm_80"]["units"] == "mma"
+    for pool in ("", " int8"):
+        assert compiled["prefill" + pool, "sm_90"]["units"] == "wgmma" and compiled["decode" + pool, "sm_80"]["units"] == "mma"
 
 
 @pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
@@ -329,9 +395,10 @@ def test_kernel_reaches_the_end_of_a_pool_larger_than_an_int32(monkeypatch, back
 class PoolMachine(RuleBasedStateMachine):
     """The pool against a plain account of who owns what. Instead of K and V, each slot holds the tokens that they depend on."""
 
-    @initialize(N=st.integers(2, 12), S=st.integers(1, 4), prefix_cache=st.booleans())
-    def start(self, N, S, prefix_cache):
-        self.pool = KVPool(1, 1, 8, N, S, prefix_cache=prefix_cache)
+    @initialize(N=st.integers(2, 12), S=st.integers(1, 4), dtype=st.sampled_from([torch.float32, torch.int8]), prefix_cache=st.booleans())
+    def start(self, N, S, dtype, prefix_cache):
+        self.pool = KVPool(1, 1, 8, N, S, dtype, prefix_cache=prefix_cache)
+        assert len(self.pool.memory) == (4 if dtype == torch.int8 else 2)
         self.memory = {}       # (block, offset) -> all tokens up to this one
         self.requests = []     # (tokens, table, tokens computed)
         self.released = []     # blocks in the order in which they were last let go
@@ -371,8 +438,8 @@ class PoolMachine(RuleBasedStateMachine):
                 for offset in range(self.pool.block_size):
                     if old != new and (old, offset) in self.memory:
                         self.memory[new, offset] = self.memory[old, offset]
-                        assert torch.equal(self.pool.k_LKNSD[:, :, old, offset], self.pool.k_LKNSD[:, :, new, offset])
-                        assert torch.equal(self.pool.v_LKNSD[:, :, old, offset], self.pool.v_LKNSD[:, :, new, offset])
+                        for memory in self.pool.memory:
+                            assert torch.equal(memory[:, :, old, offset], memory[:, :, new, offset])
             tokens.append(token)
         for t in range(computed, min(computed + n, len(tokens))):
             block = table.blocks[t // self.pool.block_size]
@@ -383,8 +450,8 @@ class PoolMachine(RuleBasedStateMachine):
 
     def _write(self, block, offset, tokens):
         self.memory[block, offset] = tokens
-        self.pool.k_LKNSD[:, :, block, offset] = random.random()
-        self.pool.v_LKNSD[:, :, block, offset] = random.random()
+        for memory in self.pool.memory:
+            memory[:, :, block, offset] = 100 * random.random()
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())

@@ -11,6 +11,7 @@ own file of tests; reference.py is what they compare with.
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -24,11 +25,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import batch
+import cli
 import kernels
 import nanoserve
 import paged_kv
 from nanoserve import LLM, SamplingParams
 from reference import CONFIGS, GPT2, NEW, plain, plain_greedy, repeat, tensors_of, write_checkpoint
+from roofline import kv_bytes, layer_weights, step_cost
 from sampling import noise_key, sample
 from test_tokenizer import WILD, tokenizers   # noqa: F401, a fixture
 
@@ -82,7 +85,7 @@ def check_pool(llm):
 
 def assert_tokens_do_not_depend_on_company(lone, config, backend, options, spare, arrivals, hopeful):
     """hopeful: the scheduler believes that every answer will be short, so that the pool runs out and it must preempt."""
-    folder, prompts, expected = lone[config]
+    folder, prompts, expected = lone[config + " int8" * (options["kv_cache_dtype"] == "int8")]
     S = options["block_size"]
     llm = LLM(folder, attention=backend, dtype="float32", num_blocks=-(-(60 + NEW) // S) + spare, **options)
     check_steps(llm)
@@ -127,10 +130,11 @@ arrivals = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 12), st.integers
                               st.one_of(st.none(), st.none(), st.integers(1, 9)), st.sampled_from([1, 1, 1, 2, 3])),
                     min_size=1, max_size=9)
 engine_options = st.fixed_dictionaries(dict(block_size=st.integers(1, 17), max_batched_tokens=st.integers(1, 80),
-                                            max_seqs=st.integers(1, 9), prefix_cache=st.booleans()))
+                                            max_seqs=st.integers(1, 9), prefix_cache=st.booleans(),
+                                            kv_cache_dtype=st.sampled_from(["auto", "int8"])))
 
 
-@settings(max_examples=300)
+@settings(max_examples=400)
 @given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals,
        hopeful=st.booleans())
 def test_tokens_depend_on_the_prompt_alone(lone, config, options, spare, arrivals, hopeful):
@@ -302,6 +306,38 @@ def test_same_beginning_in_the_same_step_is_computed_once(lone, budget):
     assert sum(steps) == 59 + 3 + 3 + 3 * (NEW - 1) and (steps[0] == 59 + 3 + 3) == (budget == 200)
     stats = llm.stats()
     assert (stats["computed_tokens"], stats["reused_tokens"], stats["steps"]) == (sum(steps), 104, len(steps))
+
+
+def test_int8_keys_and_values_take_less_memory_and_change_little(lone, monkeypatch):
+    """Per token and head D + 4 bytes instead of 4 D, for K and for V: with D = 8 that is 12 instead of 32."""
+    folder, prompts, _ = lone["llama"]
+    monkeypatch.setattr(nanoserve, "memory_for_pool", lambda device: (10 ** 6, 10 ** 5))
+    pools = {}
+    for kv in ("auto", "int8"):
+        llm = LLM(folder, dtype="float32", kv_cache_dtype=kv, block_size=8)
+        c, pools[kv] = llm.config, llm.pool
+        assert sum(memory.nbytes for memory in llm.pool.memory) == llm.pool.num_blocks * 8 * kv_bytes(c, 4, kv)
+        with pytest.raises(ValueError, match=f"^200000 blocks of 8 tokens .* at most {10 ** 6 // (8 * kv_bytes(c, 4, kv))} blocks fit"):
+            LLM(folder, dtype="float32", kv_cache_dtype=kv, block_size=8, num_blocks=200000)
+    assert kv_bytes(c, 4) == 2 * c.L * c.K * 32 and kv_bytes(c, 4, "int8") == 2 * c.L * c.K * 12
+    assert pools["int8"].num_blocks == 10 ** 5 // (8 * 2 * c.L * c.K * 12) > 2.6 * pools["auto"].num_blocks
+    step, weights = [(1, 30), (1, 20)], 4 * (layer_weights(c) + c.V * c.E)
+    assert [step_cost(c, step, 4, kv_cache_dtype=kv).bytes - weights for kv in pools] == [54 * kv_bytes(c, 4, kv) for kv in pools]
+
+    monkeypatch.undo()
+    demo = {kv: LLM(HERE / "demo/llama", dtype="float32", kv_cache_dtype=kv) for kv in pools}
+    (story,) = demo["auto"].generate(["One day"], SamplingParams(max_tokens=200, temperature=1.0, seed=5))
+    p, q = (llm.logits("One day" + story.text).double().log_softmax(-1) for llm in demo.values())
+    assert 0 < (p.exp() * (p - q)).sum(-1).mean() < 1e-5, "KL divergence of the next token in a story of its own, in nats"
+
+
+def test_a_type_of_keys_and_values_that_does_not_exist_is_refused_before_a_weight_is_read(lone, monkeypatch, capsys):
+    monkeypatch.setattr(nanoserve, "load_weights", None)
+    for kv in ("fp4", "INT8", "", None, 8, torch.int8):
+        with pytest.raises(ValueError, match=f"^kv_cache_dtype {re.escape(repr(kv))} is not supported: use auto or int8$"):
+            LLM(lone["llama"][0], kv_cache_dtype=kv)
+    assert cli.main(["--model", str(lone["llama"][0]), "--prompt", "x", "--kv-cache-dtype", "fp4"]) == 2
+    assert "kv_cache_dtype 'fp4'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("new", [10, 12])

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import kernels
 from batch import Chunk, make_batch
-from checkpoint import DTYPES
+from linear import DTYPES
 from nanoserve import LLM, Request
 from roofline import measured_ceiling, step_cost
 
