@@ -112,10 +112,11 @@ def quantize(x_TKD: Tensor) -> tuple[Tensor, Tensor]:
 def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch, scale: float,
                     window: int | None = None, k_scale_KNS: Tensor | None = None,
                     v_scale_KNS: Tensor | None = None) -> Tensor:
-    """Attention by PyTorch's fused kernel, which cannot walk a block table, in few calls per layer.
+    """Attention by PyTorch's own kernels, which cannot walk a block table, in few calls per layer.
 
     What a decode costs is reading K and V once, so a long one is read in place: its blocks, if they are neighbours in
-    the pool, are one view [K, keys, D]. Other keys are gathered first. Short decodes share a call.
+    the pool, are one view [K, keys, D]. Other keys are gathered first. Short decodes share a call: two products around
+    a softmax, which for a row per head take less time than the fused kernel.
 
     The fused kernel cannot read bytes either: what a call reads of a pool of int8 is widened first. So on a CPU INT8
     saves memory and no time: a decode step is slower than in float32, with a short context and with a long one.
@@ -129,7 +130,10 @@ def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
             v_BKTD = v_BKTD.to(q_THD.dtype).mul_(call.read(v_scale_KNS[..., None]))
         q_TKGD = q_THD[call.rows].view(-1, K, H // K, D)
         if call.decodes:    # B requests of one token: the G query heads that share a KV head are its rows
-            o_TKGD = scaled_dot_product_attention(q_TKGD, k_BKTD, v_BKTD, call.mask, scale=scale)
+            if len(k_BKTD) > 1:
+                o_TKGD = torch.matmul(q_TKGD * scale, k_BKTD.mT).add_(call.mask).softmax(-1) @ v_BKTD
+            else:
+                o_TKGD = scaled_dot_product_attention(q_TKGD, k_BKTD, v_BKTD, call.mask, scale=scale)
         else:               # B = 1, and every KV head is seen G times
             k_KGTD, v_KGTD = (x.transpose(0, 1).expand(-1, H // K, -1, -1) for x in (k_BKTD, v_BKTD))
             o_TKGD = scaled_dot_product_attention(q_TKGD.permute(1, 2, 0, 3), k_KGTD, v_KGTD, call.mask, scale=scale,
@@ -166,14 +170,15 @@ IN_PLACE = 400_000   # bytes of K and V. To gather fewer takes less than the 15 
 def plan_torch(batch: Batch, H: int, k_KNSD: Tensor, window: int | None, dtype=torch.float32) -> list[Call]:
     """The calls that attend to the whole step, for queries of this dtype.
 
-    A chunk has a call of its own. So has a long decode whose keys are neighbours. The other decodes share a call with
-    those of about their length: one call for up to 127 keys, one for 128 to 255, one for 256 to 511, and so on.
+    A chunk has a call of its own. So has a long decode whose keys are neighbours, if they are float32: what the fused
+    kernel takes longer for in 16 bits pays for gathering them. The other decodes share a call with those of about their
+    length: one call for up to 127 keys, one for 128 to 255, one for 256 to 511, and so on.
     """
     (K, _, S, D), groups = k_KNSD.shape, defaultdict(list)
     long = IN_PLACE // (2 * K * D * k_KNSD.element_size())
     for b in range(batch.num_decodes):
         count = batch.lens[b] - first_key(batch, b, window)
-        alone = count > long and in_place(batch, b, window, S)
+        alone = k_KNSD.dtype == torch.float32 and count > long and in_place(batch, b, window, S)
         groups[-b if alone else max(7, count.bit_length())].append(b)
     requests = [*groups.values(), *([b] for b in range(batch.num_decodes, len(batch.chunks)))]
     return [plan_call(batch, H, k_KNSD, some, window, dtype) for some in requests]

@@ -168,7 +168,7 @@ def test_torch_reads_neighbouring_blocks_in_place_and_gathers_others(poisoned, l
 
 def test_torch_serves_many_short_decodes_in_few_calls_and_a_long_one_in_place():
     """How many calls attention makes and what it copies, by what PyTorch itself is asked to do."""
-    def calls(lens):
+    def calls(lens, dtype=torch.float32):
         asked = []
 
         class Watch(torch.overrides.TorchFunctionMode):
@@ -180,14 +180,15 @@ def test_torch_serves_many_short_decodes_in_few_calls_and_a_long_one_in_place():
         for length, blocks in zip(lens, need):
             chunks.append(Chunk([0], length - 1, list(range(at, at + blocks))))
             at += blocks
-        pool, q = torch.zeros(3, at, 16, 64), torch.zeros(len(lens), 9, 64)
+        pool, q = torch.zeros(3, at, 16, 64, dtype=dtype), torch.zeros(len(lens), 9, 64, dtype=dtype)
         with Watch():
             kernels.attention_torch(q, pool, pool, make_batch(chunks, 16), 0.1)
-        return asked.count("scaled_dot_product_attention"), asked.count("index_select")
+        return tuple(map(asked.count, ("softmax", "scaled_dot_product_attention", "index_select")))
     mixed = [8 + 7 * i for i in range(32)]                       # 8 to 225 tokens
-    assert calls(mixed) == (2, 4)                          # up to 127 in one call, the others in another
-    assert calls([4096]) == (1, 0)                         # read where it is
-    assert calls([4096, 8000, 30, 31]) == (3, 2)
+    assert calls(mixed) == (2, 0, 4)                       # up to 127 in one call, the others in another
+    assert calls([4096]) == (0, 1, 0)                      # read where it is
+    assert calls([4096, 8000, 30, 31]) == (1, 2, 2)
+    assert calls([4096, 8000, 30, 31, 4097], torch.bfloat16) == (2, 1, 4)   # in 16 bits together where two are as long
 
 
 def attend(backend, requests, window, S=8, heads=(4, 2), D=16, seed=0, batch=None, int8=False):

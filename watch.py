@@ -257,8 +257,9 @@ def describe_attention(llm: LLM, chunks: list[Chunk]) -> Iterator[str]:
                 what = (f"{rows} decode{'s' * (rows > 1)}, {c.K} KV heads, {G} query rows each" if call.decodes
                         else f"prefill, {c.K} KV heads, {rows} x {G} query rows each")
                 where = ("in place (neighbouring blocks)" if in_place else "gathered (scattered blocks)"
-                         if rows == 1 or not call.decodes else "gathered, padded to the longest: one call for all")
-                yield f"{of}one fused call per layer: {what}; {length} keys, {where}"
+                         if rows == 1 or not call.decodes else "gathered, padded to the longest: one for all")
+                how = "two products around a softmax" if call.decodes and rows > 1 else "one fused call"
+                yield f"{of}{how} per layer: {what}; {length} keys, {where}"
         else:
             if n := batch.num_decodes:
                 tile = kernels.decode_options(c.D, dtype)["TILE"]
