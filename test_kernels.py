@@ -188,7 +188,7 @@ def test_torch_serves_many_short_decodes_in_few_calls_and_a_long_one_in_place():
     assert calls(mixed) == (2, 0, 4)                       # up to 127 in one call, the others in another
     assert calls([4096]) == (0, 1, 0)                      # read where it is
     assert calls([4096, 8000, 30, 31]) == (1, 2, 2)
-    assert calls([4096, 8000, 30, 31, 4097], torch.bfloat16) == (2, 1, 4)   # in 16 bits together where two are as long
+    assert calls([4096, 9000, 30, 31, 4097], torch.bfloat16) == (2, 1, 4)   # in 16 bits together where two are as long
 
 
 def attend(backend, requests, window, S=8, heads=(4, 2), D=16, seed=0, batch=None, int8=False):
