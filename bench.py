@@ -515,12 +515,14 @@ def show_speed(engines: dict[str, LLM], ceilings: dict[str, Ceiling], bandwidth:
                 ["", "weights MB", "KV bytes"] + [word for case in cases for word in (case[0], "ratio")], rates,
                 "Weights: what a decode step reads of them. KV: per token of context. Ratio: to float32. In int8 the "
                 f"weights are {show(fewer)} times fewer bytes, and keys and values {show(smaller)} times fewer. "
-                f"Measured, {told}." + " Fp8 is widened on a CPU and multiplies as float32 does." * ("fp8" not in ceilings))
+                f"Measured, {told}."
+                + " Fp8 is widened on a CPU and multiplies as float32 does." * ("fp8" not in ceilings))
     most = max(percent for row in bounds for percent in row[2::2])
     print_table("The bound, in tokens per second, and what part of it is reached",
                 ["", *(word for case in cases for word in (case[0], "%"))], bounds,
                 "A step takes at least its bytes over the bandwidth, and at least its operations over the rate of a "
-                "large product of its own type." + " Above 100%, weights come from a cache and not from memory." * (most > 100))
+                "large product of its own type."
+                + " Above 100%, weights come from a cache and not from memory." * (most > 100))
 
 
 @cache
@@ -536,21 +538,23 @@ def stories_for(llm: LLM) -> list[list[int]]:
         return []
     texts = [storyteller().write_story(seed) for seed in storyteller().HELD_OUT[:200]]
     stories = [llm.tokenizer.encode(text) + llm.config.eos[:1] for text in texts]
-    if any(text not in llm.tokenizer.decode(story) or max(story) >= llm.config.V for text, story in zip(texts, stories)):
-        return []
+    for text, story in zip(texts, stories):
+        if text not in llm.tokenizer.decode(story) or max(story) >= llm.config.V:
+            return []
     return [story for story in stories if len(story) <= llm.config.context]
 
 
 def surprise(exact_TV: torch.Tensor, found_TV: torch.Tensor, next_T: torch.Tensor) -> torch.Tensor:
     """float64 [3], sums over the tokens: the KL divergence of what is found from what is exact, in nats; how often the
     most likely token is another; minus the log probability of what comes next."""
-    exact, found = (logits.double().log_softmax(-1) for logits in (exact_TV, found_TV))
+    exact, found = (logits.cpu().double().log_softmax(-1) for logits in (exact_TV, found_TV))
     return torch.stack([(exact.exp() * (exact - found)).sum(), (exact.argmax(-1) != found.argmax(-1)).sum(),
                         -found.gather(1, next_T[:, None]).sum()])
 
 
 def consistent(llm: LLM, temperature: float, count: int = 100) -> float:
-    """The share of stories that end and in which nothing is wrong, from the first sentences of so many held-out ones."""
+    """The share of stories that end and in which nothing is wrong; each begins with the first sentence of one of so
+    many held-out ones."""
     teller = storyteller()
     first = (re.match(r".*?[.!?](?=\s)", teller.write_story(seed)).group() for seed in teller.HELD_OUT)
     prompts = list(dict.fromkeys(first))[:count]
@@ -569,7 +573,7 @@ def show_losses(engines: dict[str, LLM], stories: list[list[int]], demo: bool):
         exact, after = engines["float32"].logits(story[:-1]), torch.tensor(story[1:])
         for name, llm in engines.items():
             logits = exact if name == "float32" else llm.logits(story[:-1])
-            found[name] += surprise(exact, logits, after.to(logits.device)).cpu()
+            found[name] += surprise(exact, logits, after)
     tokens, rows = sum(len(story) - 1 for story in stories), []
     for name, llm in engines.items():
         kl, differ, loss = (found[name] / tokens).tolist()
