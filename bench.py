@@ -1,15 +1,16 @@
 """Measure, then compare with what the hardware allows. (Read roofline.py first.)
 
-    python bench.py             the two phases: what prefill and decode cost, and which limit binds each
-    python bench.py batch       decode against batch size: what serving many costs beside serving one
-    python bench.py cache       a token's cost with the KV cache and without it
-    python bench.py traffic     the bytes of attention, naive and in tiles
-    python bench.py estimate    all of this on paper, for a model and a machine that are not here
-    python bench.py serve       continuous and static batching, chunked prefill, prefix cache, on the same requests
-    python bench.py sampling    what choosing tokens costs beside the rest of a decode step
-    python bench.py cpu         prefill and decode on this CPU, beside transformers where that is installed
-    python bench.py kernels     attention and 8-bit products: without a GPU, what the compiler makes of them for
-                                GPUs that are not here; with one, whether they are right and how near to its limits
+    python bench.py               the two phases: what prefill and decode cost, and which limit binds each
+    python bench.py batch         decode against batch size: what serving many costs beside serving one
+    python bench.py cache         a token's cost with the KV cache and without it
+    python bench.py traffic       the bytes of attention, naive and in tiles
+    python bench.py estimate      all of this on paper, for a model and a machine that are not here
+    python bench.py serve         continuous and static batching, chunked prefill, prefix cache, on the same requests
+    python bench.py sampling      what choosing tokens costs beside the rest of a decode step
+    python bench.py quantization  what weights, keys and values in 8 bits gain, and what they lose
+    python bench.py cpu           prefill and decode on this CPU, beside transformers where that is installed
+    python bench.py kernels       attention and 8-bit products: without a GPU, what the compiler makes of them for
+                                  GPUs that are not here; with one, whether they are right and how near to its limits
 
 Whoever else works on the machine disturbs a measurement. So what is compared is measured in turns, and the median turn
 counts; a ratio on which the turns do not agree is not printed.
@@ -55,8 +56,8 @@ from checkpoint import Config, read_config
 from cli import check_writable, exit_status
 from linear import DTYPES
 from nanoserve import LLM, SamplingParams
-from roofline import (HARDWARE, SHAPES, Ceiling, clock, config_of, crossover, gpu_seconds, in_turns, kv_bytes, machine,
-                      measured_ceiling, on_paper, ratio, step_cost)
+from roofline import (HARDWARE, SHAPES, Ceiling, Cost, clock, config_of, crossover, gpu_seconds, in_turns, kv_bytes,
+                      machine, measured_ceiling, on_paper, ratio, step_cost, weight_bytes)
 
 DEMO = Path(__file__).parent / "demo/llama"
 
@@ -70,6 +71,8 @@ TABLES: list[dict] = []   # all that were printed, for --json and --plot
 def show(value) -> str:
     if not isinstance(value, float):
         return f"{value:,}" if isinstance(value, int) else str(value)
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.1e}"
     return f"{value:,.{0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 else 3}f}"
 
 
@@ -146,6 +149,16 @@ class Lab:
         """Another LLM with the same weights. Each prompt is new to it unless prefix_cache is asked for."""
         options = dict(prefix_cache=False, max_seqs=32) | options
         return LLM(self.source, self.device, self.llm.dtype, weights=self.llm.model.weights, **options)
+
+
+def in_8_bits(llm: LLM) -> bool:
+    """Whether what it multiplies by is stored in memory so; on a CPU, FP8 is not."""
+    return llm.model.weights["down"][0].scale is not None
+
+
+def cost_of(llm: LLM, chunks: list[tuple[int, int]]) -> Cost:
+    """`step_cost` with the types of this engine's weights, keys and values."""
+    return step_cost(llm.config, chunks, DTYPES[llm.dtype].itemsize, None, llm.kv_cache_dtype, in_8_bits(llm))
 
 
 def random_prompt(c: Config, n: int) -> list[int]:
@@ -436,6 +449,151 @@ def sampling(args: argparse.Namespace):
 
 
 # ---------------------------------------------------------------------------------------------
+# 8 bits: what they gain, and what they lose
+
+VARIANTS = {   # the dtype of activations and of weights not in 8 bits; quantization; kv_cache_dtype
+    "float32": ("float32", None, "auto"), "bfloat16": ("bfloat16", None, "auto"), "int8": ("float32", "int8", "auto"),
+    "int8 in bfloat16": ("bfloat16", "int8", "auto"), "fp8": ("float32", "fp8", "auto"),
+    "int8 KV": ("float32", None, "int8"), "int8 + int8 KV": ("float32", "int8", "int8")}
+
+
+def quantization(args: argparse.Namespace):
+    """What a model reads, how fast it is and what it says with weights, keys and values in 8 bits."""
+    device = find_device(args.device)
+    progress("measuring the ceilings")
+    kinds = ["float32", "bfloat16", "int8"] + ["fp8"] * linear.has_kernels(device)
+    ceilings = {kind: measured_ceiling(device, kind) for kind in kinds}
+    bandwidth = max(ceiling.bandwidth for ceiling in ceilings.values())
+    print(f"Ceilings as measured: {bandwidth / 1e9:,.0f} GB/s; "
+          + ", ".join(f"{ceiling.peak / 1e9:,.0f} GFLOP/s in {kind}" for kind, ceiling in ceilings.items()))
+    for model in [args.model] if args.model or args.random else [DEMO, DEMO.parent / "gpt2"]:
+        print()
+        lab = Lab(argparse.Namespace(**vars(args) | dict(model=model, dtype="float32")), ceiling=False)
+        engines, weights = {}, {("float32", None): lab.llm.model.weights}
+        for name, (dtype, bits, kv) in VARIANTS.items():
+            progress(f"making {name}")
+            if args.random and bits == "fp8" and bits not in kinds:
+                continue   # float32 once more, of which nobody asks what it says
+            engines[name] = LLM(lab.source, device, dtype, prefix_cache=False, max_seqs=32, num_blocks=512,
+                                quantization=bits, kv_cache_dtype=kv, weights=weights.get((dtype, bits)))
+            weights[dtype, bits] = engines[name].model.weights
+        del lab.llm
+        show_speed(engines, ceilings, bandwidth)
+        if stories := stories_for(engines["float32"]):
+            show_losses(engines, stories, demo=Path(model).resolve().parent == DEMO.parent.resolve())
+        del engines, weights   # before the next model is read
+
+
+def show_speed(engines: dict[str, LLM], ceilings: dict[str, Ceiling], bandwidth: float):
+    """Tables of bytes and tokens per second, and of the bounds. On a CPU fp8 is left out: it is float32 there."""
+    engines = {name: llm for name, llm in engines.items() if VARIANTS[name][1] in (None, *ceilings)}
+    c = engines["float32"].config
+    T = min(512, c.context - 64)
+    cases = [(f"decode {B}", decode_seconds, B, T // 4, (1, T // 4)) for B in (1, 16)]
+    cases += [(f"prefill {T}", prefill_seconds, 1, T, (T, 0))]
+    progress("measuring in turns")
+    measures = [partial(measure, llm, B, n) for llm in engines.values() for _, measure, B, n, _ in cases]
+    columns = iter(in_turns(measures, 3))
+    rates, bounds, plain = [], [], []
+    for name, llm in engines.items():
+        itemsize, dtype, bits = DTYPES[llm.dtype].itemsize, *VARIANTS[name][:2]
+        weights = weight_bytes(c, itemsize, in_8_bits(llm))
+        rates.append([name, weights / 1e6, kv_bytes(c, itemsize, llm.kv_cache_dtype)])
+        bounds.append([name])
+        for i, (_, _, B, _, chunk) in enumerate(cases):
+            column, tokens = next(columns), B * chunk[0]
+            plain += [column] * (name == "float32")
+            least = Ceiling(ceilings[bits or dtype].peak, bandwidth).seconds(cost_of(llm, [chunk] * B))
+            rates[-1] += [tokens / median(column), ratio(plain[i], column)]
+            bounds[-1] += [tokens / least, least / median(column) * 100]
+
+    by_name = {row[0]: row for row in rates}
+    gains = [f"{show(gain)} times in {case[0]}" for case, gain in zip(cases, by_name["int8"][4::2]) if gain != "-"]
+    told = f"with int8 weights alone the model is {', '.join(gains)} as fast" if gains else "the turns do not agree"
+    fewer, smaller = (by_name["float32"][i] / by_name["int8 + int8 KV"][i] for i in (1, 2))
+    print_table(f"Tokens per second: decode of 1 and 16 requests of {T // 4} tokens, prefill of {T}",
+                ["", "weights MB", "KV bytes"] + [word for case in cases for word in (case[0], "ratio")], rates,
+                "Weights: what a decode step reads of them. KV: per token of context. Ratio: to float32. In int8 the "
+                f"weights are {show(fewer)} times fewer bytes, and keys and values {show(smaller)} times fewer. "
+                f"Measured, {told}."
+                + " Fp8 is widened on a CPU and multiplies as float32 does." * ("fp8" not in ceilings))
+    most = max(percent for row in bounds for percent in row[2::2])
+    print_table("The bound, in tokens per second, and what part of it is reached",
+                ["", *(word for case in cases for word in (case[0], "%"))], bounds,
+                "A step takes at least its bytes over the bandwidth, and at least its operations over the rate of a "
+                "large product of its own type."
+                + " Above 100%, weights come from a cache and not from memory." * (most > 100))
+
+
+@cache
+def storyteller():
+    """demo/train.py: it writes stories, and says whether one is consistent."""
+    with patch.object(sys, "path", [str(DEMO.parent), *sys.path]):
+        return import_module("train")
+
+
+def stories_for(llm: LLM) -> list[list[int]]:
+    """200 stories that no demo model has seen, as tokens; none where the tokenizer cannot write them."""
+    if llm.tokenizer is None:
+        return []
+    texts = [storyteller().write_story(seed) for seed in storyteller().HELD_OUT[:200]]
+    stories = [llm.tokenizer.encode(text) + llm.config.eos[:1] for text in texts]
+    for text, story in zip(texts, stories):
+        if text not in llm.tokenizer.decode(story) or max(story) >= llm.config.V:
+            return []
+    return [story for story in stories if len(story) <= llm.config.context]
+
+
+def surprise(exact_TV: torch.Tensor, found_TV: torch.Tensor, next_T: torch.Tensor) -> torch.Tensor:
+    """float64 [3], sums over the tokens: the KL divergence of what is found from what is exact, in nats; how often the
+    most likely token is another; minus the log probability of what comes next."""
+    exact, found = (logits.cpu().double().log_softmax(-1) for logits in (exact_TV, found_TV))
+    return torch.stack([(exact.exp() * (exact - found)).sum(), (exact.argmax(-1) != found.argmax(-1)).sum(),
+                        -found.gather(1, next_T[:, None]).sum()])
+
+
+def consistent(llm: LLM, temperature: float, count: int = 100) -> float:
+    """The share of stories that end and in which nothing is wrong; each begins with the first sentence of one of so
+    many held-out ones."""
+    teller = storyteller()
+    first = (re.match(r".*?[.!?](?=\s)", teller.write_story(seed)).group() for seed in teller.HELD_OUT)
+    prompts = list(dict.fromkeys(first))[:count]
+    outs = llm.generate(prompts, [SamplingParams(max_tokens=teller.LONGEST, temperature=temperature, seed=i)
+                                  for i in range(count)])
+    good = [out.finish_reason == "stop" and teller.why_wrong(prompt + out.text) is None
+            for prompt, out in zip(prompts, outs)]
+    return sum(good) / count
+
+
+def show_losses(engines: dict[str, LLM], stories: list[list[int]], demo: bool):
+    """A table of what the model says of held-out stories, and if it is one of the demo's, of how it tells its own."""
+    found = {name: torch.zeros(3, dtype=torch.float64) for name in engines}
+    for i, story in enumerate(stories):
+        progress(f"reading story {i + 1} of {len(stories)}")
+        exact, after = engines["float32"].logits(story[:-1]), torch.tensor(story[1:])
+        for name, llm in engines.items():
+            logits = exact if name == "float32" else llm.logits(story[:-1])
+            found[name] += surprise(exact, logits, after)
+    tokens, rows = sum(len(story) - 1 for story in stories), []
+    for name, llm in engines.items():
+        kl, differ, loss = (found[name] / tokens).tolist()
+        more = loss - found["float32"][2].item() / tokens
+        rows.append([name, kl, differ * 100, f"{loss:.4f}", more])
+        for temperature in (0.0, 0.8) if demo else ():
+            progress(f"{name} tells stories")
+            rows[-1].append(consistent(llm, temperature) * 100)
+    by_name = {row[0]: row for row in rows}
+    told = [f"{what} move that distribution by {show(by_name[name][1])} nats, change the most likely token in "
+            f"{show(by_name[name][2])}% of places and the loss by {show(by_name[name][4])}."
+            for what, name in (("Int8 weights", "int8"), ("Int8 keys and values", "int8 KV"))]
+    print_table(f"What is lost, on {len(stories)} held-out stories, {tokens:,} tokens",
+                ["", "KL, nats", "differ %", "loss", "more loss"] + ["consistent %", "at 0.8, %"] * demo, rows,
+                "KL: of the next token's distribution from that of float32, per token. Differ: another token is the "
+                f"most likely. Loss: nats per token. {' '.join(told)}"
+                + " Consistent: of 100 stories of its own, greedy and at temperature 0.8." * demo)
+
+
+# ---------------------------------------------------------------------------------------------
 # A CPU, beside transformers
 
 @cache
@@ -470,15 +628,17 @@ class Theirs:
         assert sorted(len(out.generated_tokens) for out in outs) == sorted(new), [out.error for out in outs]
 
 
-def both(name: str, dtype: str) -> tuple[LLM, list]:
-    """nanoserve on the CPU, with random weights of a shape or with the demo's; and a list of what writes so many new
-    tokens for each prompt: it, and transformers with the same weights where that is installed."""
+def both(name: str, kind: str) -> tuple[LLM, list]:
+    """nanoserve on the CPU, with random weights of a shape or with the demo's, in a dtype or in int8; and a list of
+    what writes so many new tokens for each prompt: it, and transformers with the same weights, beside int8 in float32,
+    where that is installed."""
+    dtype, bits = ("float32", kind) if kind == "int8" else (kind, None)
     with tempfile.TemporaryDirectory() as folder:
         source = config_of(name) if name in SHAPES else DEMO
         if transformers() and name in SHAPES:
             source, config = Path(folder), transformers().AutoConfig.for_model(**SHAPES[name])
             transformers().AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).save_pretrained(source)
-        llm = LLM(source, "cpu", dtype, prefix_cache=False, max_seqs=32, num_blocks=1024)
+        llm = LLM(source, "cpu", dtype, prefix_cache=False, max_seqs=32, num_blocks=1024, quantization=bits)
         return llm, [partial(generate, llm)] + ([Theirs(source, llm.dtype)] if transformers() else [])
 
 
@@ -494,7 +654,7 @@ def speeds(llm: LLM, systems: list, case: str, lens: list[int], new: list[int], 
         tokens -= len(new)
     ours, *others = map(median, columns)
     if decode and ours > 0:
-        step = step_cost(llm.config, [(1, n + m // 2) for n, m in zip(lens, new)], DTYPES[llm.dtype].itemsize)
+        step = cost_of(llm, [(1, n + m // 2) for n, m in zip(lens, new)])
         moved = step.bytes * (new[0] - 1) / ours
         reached = [f"{moved / 1e9:.0f} GB/s", moved / ceiling.bandwidth * 100]
     elif case.startswith("prefill"):   # quoted by the prompt's tokens
@@ -508,28 +668,29 @@ def cpu(args: argparse.Namespace):
     """Prefill, decode and a crowd, against this CPU's ceilings and beside transformers; then what a context costs."""
     device = torch.device("cpu")
     progress("measuring the ceilings")
-    ceilings = {dtype: measured_ceiling(device, dtype) for dtype in ("float32", "bfloat16")}
+    ceilings = {kind: measured_ceiling(device, kind) for kind in ("float32", "bfloat16", "int8")}
     bandwidth = max(ceiling.bandwidth for ceiling in ceilings.values())
     theirs = transformers()
     print(f"{machine(device)}, PyTorch {torch.__version__}, transformers "
           f"{theirs.__version__ if theirs else 'not installed'}\nCeilings as measured: {bandwidth / 1e9:.0f} GB/s; "
-          + ", ".join(f"{ceiling.peak / 1e9:.0f} GFLOP/s in {dtype}" for dtype, ceiling in ceilings.items()))
+          + ", ".join(f"{ceiling.peak / 1e9:.0f} GFLOP/s in {kind}" for kind, ceiling in ceilings.items()))
     three = [("prefill 512", [512], [1]), ("decode, batch 1", [32], [33]), ("decode, batch 16", [32] * 16, [33] * 16)]
     mixed = ("32 mixed requests", random.choices(range(8, 129), k=32), random.choices(range(8, 97), k=32))
     cases = {"gpt2": three, "llama-135m": [*three, mixed], "demo/llama": [("decode, batch 1", [8], [201])]}
     rows = []
-    for name, dtype in [*itertools.product(("gpt2", "llama-135m"), ceilings), ("demo/llama", "auto")]:
+    for name, kind in [*itertools.product(("gpt2", "llama-135m"), ceilings), ("demo/llama", "auto")]:
         progress(f"making {name}")
-        llm, systems = both(name, dtype)
+        llm, systems = both(name, kind)
+        kind = llm.dtype if kind == "auto" else kind
         for case in cases[name]:
-            row = f"{name} {llm.dtype}: {case[0]}"
+            row = f"{name} {kind}: {case[0]}"
             progress(row)
-            rows.append([row, *speeds(llm, systems, *case, Ceiling(ceilings[llm.dtype].peak, bandwidth))])
+            rows.append([row, *speeds(llm, systems, *case, Ceiling(ceilings[kind].peak, bandwidth))])
     print_table("Tokens per second, random weights",
                 ["", "nanoserve", "reached", "% of ceiling", "transformers", "ratio"], rows,
                 "Decode reads every weight once per step and is held against the memory's bandwidth; prefill "
-                "multiplies and is held against the product. Mixed: 8 to 128 tokens in, 8 to 96 out, and tokens out "
-                "per second.")
+                "multiplies and is held against the product of its own type. Beside int8, transformers is in float32. "
+                "Mixed: 8 to 128 tokens in, 8 to 96 out, and tokens out per second.")
 
     rows, c = [], config_of("llama-135m")
     for dtype in ("float32", "bfloat16"):
@@ -825,7 +986,7 @@ def kernels_command(args: argparse.Namespace):
 
 
 COMMANDS = {"phases": phases, "batch": batch, "cache": kv_cache, "traffic": traffic, "estimate": estimate,
-            "serve": serve, "sampling": sampling, "cpu": cpu, "kernels": kernels_command}
+            "serve": serve, "sampling": sampling, "quantization": quantization, "cpu": cpu, "kernels": kernels_command}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -41,7 +41,7 @@ from typing import NamedTuple
 import torch
 
 from checkpoint import Config, read_config
-from linear import DTYPES, Part, linear, pack
+from linear import DTYPES, QUANTIZATIONS, Part, linear, pack, quantize
 
 
 # ---------------------------------------------------------------------------------------------
@@ -53,8 +53,9 @@ class Cost(NamedTuple):
 
 
 def step_cost(c: Config, chunks: list[tuple[int, int]], itemsize: int, logits: int | None = None,
-              kv_cache_dtype: str = "auto") -> Cost:
+              kv_cache_dtype: str = "auto", eight_bits: bool = False) -> Cost:
     """Operations and bytes of one step for requests of (new, past) tokens, of whom `logits` (None: all) want logits.
+    eight_bits: each of the weights is a byte, while activations have `itemsize`.
 
     Operations: two per weight of a layer and new token; two per weight of the head and request; four per head
     dimension and pair of a query and a key that it sees (q.k and the weighted sum of v). Norms, RoPE and softmax are
@@ -69,12 +70,21 @@ def step_cost(c: Config, chunks: list[tuple[int, int]], itemsize: int, logits: i
             n * past + n * (n + 1) // 2 for n, past in chunks)
         rows += sum(min(past, w - 1) for _, past in chunks) + 2 * new
     return Cost(2 * new * weights + 2 * logits * head + 4 * c.H * c.D * pairs,
-                itemsize * (weights + head * bool(logits)) + kv_bytes(c, itemsize, kv_cache_dtype) // c.L * rows)
+                weight_bytes(c, itemsize, eight_bits, bool(logits))
+                + kv_bytes(c, itemsize, kv_cache_dtype) // c.L * rows)
 
 
 def layer_weights(c: Config) -> int:
     """Weights of all layers that take part in products: q, k, v and out; up and down, and Llama's gate."""
     return c.L * (c.E * (c.H + 2 * c.K) * c.D + c.H * c.D * c.E + c.I * c.E * (3 if c.family == "llama" else 2))
+
+
+def weight_bytes(c: Config, itemsize: int, eight_bits: bool = False, head: bool = True) -> int:
+    """Bytes of the weights that take part in products; in 8 bits with a scale of 4 bytes per row. The embedding, of
+    which a token reads a row, and the norms do not count."""
+    numbers = layer_weights(c) + c.V * c.E * head
+    outputs = c.L * ((c.H + 2 * c.K) * c.D + 2 * c.E + c.I * (2 if c.family == "llama" else 1)) + c.V * head
+    return numbers + 4 * outputs if eight_bits else numbers * itemsize
 
 
 def kv_bytes(c: Config, itemsize: int, kv_cache_dtype: str = "auto") -> int:
@@ -151,11 +161,14 @@ def on_paper(c: Config, m: Ceiling, name: str, T: int) -> list[list[str]]:
 
 def measured_ceiling(device: torch.device, dtype: str) -> Ceiling:
     """What this machine reaches at its best: the sum of a large tensor, and a large product. The best of 30 tries: a
-    neighbour can only slow them down."""
+    neighbour can only slow them down. dtype: one of DTYPES, or of QUANTIZATIONS for products of quantised rows."""
     x = torch.zeros(1 << 27, device=device)
-    size = 2048 if device.type == "cpu" else 8192
-    x_TE, weight = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in "xw")
-    part = pack(Part(weight), weight.dtype) if device.type == "cpu" else None
+    eight_bits = dtype in QUANTIZATIONS
+    size = 8192 if device.type != "cpu" else 4096 if eight_bits else 2048   # quantising rows is little beside 4096
+    x_TE, weight = (torch.randn(size, size, device=device).to(DTYPES.get(dtype, torch.float32)) for _ in "xw")
+    part = None
+    if device.type == "cpu" or eight_bits:
+        part = pack(quantize(Part(weight), dtype if eight_bits else None), weight.dtype)
     product = (lambda: linear(x_TE, part)) if part else (lambda: x_TE @ weight.T)
 
     def least(call):   # a GPU's own clock: waiting for it takes a tenth of the time in which it reads x

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -116,6 +117,21 @@ def test_operations_and_bytes_equal_what_torch_counts(tmp_path, monkeypatch, nam
         assert cost.bytes == sum(t.nbytes for t in matrices) + head + read * 2 * c.K * c.D * 4
     assert step_cost(c, requests, 2) == step_cost(c, requests, 2, 5)
     assert roofline.kv_bytes(c, 4) == c.L * (llm.pool.k_LKNSD[0, :, 0, 0].nbytes + llm.pool.v_LKNSD[0, :, 0, 0].nbytes)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2 gelu, untied, unscaled", "llama one KV head, own head size, biases, tied", "qwen3"])
+def test_bytes_in_8_bits_equal_those_of_the_parts_that_are_multiplied(tmp_path, name):
+    config = FAMILIES[name]
+    llm = LLM(write_checkpoint(tmp_path, config, tensors_of(config)), device="cpu", dtype="float32", quantization="int8")
+    parts = {part: llm.model.weights[part] for part in ("qkv", "out", "up", "down", "head")}
+    held = {part: sum(p.weight.numel() + 4 * p.scale.numel() for p in layers) for part, layers in parts.items()}
+    assert roofline.weight_bytes(llm.config, 4, True) == sum(held.values())
+    assert roofline.weight_bytes(llm.config, 2, True, head=False) == sum(held.values()) - held["head"]
+    for logits, kv in ((0, "auto"), (1, "int8")):   # only the weights differ from a step in float32
+        plain, small = (step_cost(llm.config, [(3, 5)], 4, logits, kv, bits) for bits in (False, True))
+        fewer = 3 * sum(p.weight.numel() for part in parts for p in parts[part] if logits or part != "head") - 4 * sum(
+            p.scale.numel() for part in parts for p in parts[part] if logits or part != "head")
+        assert plain.flops == small.flops and plain.bytes - small.bytes == fewer
 
 
 def test_the_least_time_is_the_longer_of_two():
@@ -452,7 +468,116 @@ def test_sampling_prints_what_choosing_costs_beside_a_step(monkeypatch, hands, c
     assert "Choosing takes 37.5% of a step at most (tiny, batch 1: top-k 1000, top-p 0.9)" in bench.TABLES[0]["note"]
 
 
-@pytest.mark.parametrize("command", ["phases", "batch", "cache", "traffic --tokens 512", "serve", "sampling"])
+SPEEDS = {   # of each variant: a decode step of one, of 16, and a prefill, in milliseconds
+    "float32": (8, 32, 64), "bfloat16": (6, 24, 40), "int8": (2, 16, 32), "int8 in bfloat16": (3, 17, 33),
+    "int8 KV": (9, 30, 65), "int8 + int8 KV": (2.5, 18, 34)}
+
+
+def test_quantization_puts_each_speed_and_bound_into_its_column(monkeypatch):
+    def measured(i, n):
+        def seconds(llm, B, T):
+            bits = llm.model.weights["qkv"][0].scale is not None
+            name = {False: {"float32": "float32", "bfloat16": "bfloat16"}, True: {"float32": "int8", "bfloat16": "int8 in bfloat16"}}[bits][llm.dtype]
+            if llm.pool.memory[0].dtype == torch.int8:
+                name = {"float32": "int8 KV", "int8": "int8 + int8 KV"}[name]
+            assert T == n
+            return SPEEDS[name][i + (B == 16)] / 1000
+        return seconds
+    ceilings = {"float32": Ceiling(1e9, 1e7), "bfloat16": Ceiling(2e9, 3e7), "int8": Ceiling(4e9, 2e7)}
+    for name, value in (("measured_ceiling", lambda device, kind: ceilings[kind]), ("decode_seconds", measured(0, 112)),
+                        ("prefill_seconds", measured(2, 448)), ("TABLES", [])):
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setitem(bench.SHAPES, "tiny", TINY | dict(max_position_embeddings=512))
+    assert bench.main(["quantization", "--random", "tiny", "--device", "cpu"]) == 0
+    speed, bound = bench.TABLES
+    assert speed["header"] == ["", "weights MB", "KV bytes", "decode 1", "ratio", "decode 16", "ratio", "prefill 448", "ratio"]
+    assert bound["header"] == ["", "decode 1", "%", "decode 16", "%", "prefill 448", "%"]
+    numbers, outputs = 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48 + 99 * 32, 64 + 32 + 96 + 32 + 99
+    expected, bounds = [], []
+    for name, (one, many, prefill) in SPEEDS.items():
+        bits, itemsize = name.startswith("int8") and name != "int8 KV", 2 if "bfloat16" in name else 4
+        weights, kv = numbers + 4 * outputs if bits else numbers * itemsize, 2 * 2 * (8 + 4 if name.endswith("KV") else 8 * itemsize)
+        expected.append([name, weights / 1e6, kv, 1000 / one, 8 / one, 16000 / many, 32 / many, 448000 / prefill, 64 / prefill])
+        row, peak = [name], 4e9 if bits else {4: 1e9, 2: 2e9}[itemsize]
+        for B, n, past, ms in ((1, 1, 112, one), (16, 1, 112, many), (1, 448, 0, prefill)):
+            pairs = B * (n * past + n * (n + 1) // 2)
+            flops = 2 * B * n * (numbers - 99 * 32) + 2 * B * 99 * 32 + 4 * 32 * pairs
+            least = max(flops / peak, (weights + kv * B * (past + 2 * n)) / 3e7)   # the largest bandwidth is everybody's
+            row += [B * n / least, least / ms * 1e5]
+        bounds.append(row)
+    assert speed["rows"] == [[row[0], *map(pytest.approx, row[1:])] for row in expected]
+    assert bound["rows"] == [[row[0], *map(pytest.approx, row[1:])] for row in bounds]
+    assert "the model is 4.00 times in decode 1, 2.00 times in decode 16, 2.00 times in prefill 448 as fast" in speed["note"]
+    assert "Fp8 is widened" in speed["note"] and "come from a cache" not in bound["note"]
+
+
+def test_what_is_lost_equals_its_definition():
+    g = torch.Generator().manual_seed(1)
+    exact, found, after = torch.randn(9, 5, generator=g), torch.randn(9, 5, generator=g), torch.randint(5, (9,), generator=g)
+    p, q = (np.exp(x.double().numpy()) / np.exp(x.double().numpy()).sum(-1, keepdims=True) for x in (exact, found))
+    kl = sum(p[t, v] * np.log(p[t, v] / q[t, v]) for t in range(9) for v in range(5))
+    differ = sum(int(np.argmax(p[t]) != np.argmax(q[t])) for t in range(9))
+    loss = -sum(np.log(q[t, after[t]]) for t in range(9))
+    assert 0 < differ < 9 and bench.surprise(exact, found, after).tolist() == pytest.approx([kl, differ, loss])
+    assert bench.surprise(exact, exact + 3, after).tolist()[:2] == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_losses_are_means_over_all_tokens_beside_float32(monkeypatch):
+    """Two stories of 3 and 2 tokens; the stand-ins answer float32's logits times a factor of their own."""
+    factors = dict(zip(bench.VARIANTS, (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, -1.0)))
+    table = torch.randn(5, 5, generator=torch.Generator().manual_seed(2))
+    engines = {name: SimpleNamespace(logits=lambda ids, f=f: table[ids] * f, factor=f) for name, f in factors.items()}
+    monkeypatch.setattr(bench, "TABLES", [])
+    monkeypatch.setattr(bench, "consistent", lambda llm, temperature: abs(llm.factor) / (2 if temperature else 1))
+    stories = [[0, 3, 1, 4], [2, 2, 0]]
+    bench.show_losses(engines, stories, demo=True)
+    bench.show_losses(engines, stories, demo=False)
+    shown, alone = bench.TABLES
+    sums = {name: sum(bench.surprise(table[s[:-1]], table[s[:-1]] * f, torch.tensor(s[1:])) for s in stories) / 5 for name, f in factors.items()}
+    assert shown["header"] == ["", "KL, nats", "differ %", "loss", "more loss", "consistent %", "at 0.8, %"]
+    for row, (name, f) in zip(shown["rows"], factors.items(), strict=True):
+        kl, differ, loss = sums[name].tolist()
+        assert row == [name, pytest.approx(kl), pytest.approx(differ * 100), f"{loss:.4f}", pytest.approx(loss - sums["float32"][2].item()),
+                       pytest.approx(abs(f) * 100), pytest.approx(abs(f) * 50)]
+    assert alone["header"] == shown["header"][:5] and [row[:5] for row in shown["rows"]] == alone["rows"]
+    assert shown["rows"][0][1:3] == [0, 0] and shown["rows"][-1][2] == 100
+    for name, what in (("int8", "Int8 weights"), ("int8 KV", "Int8 keys and values")):
+        assert f"{what} move that distribution by {bench.show(sums[name][0].item())} nats" in shown["note"]
+
+
+def test_a_story_counts_as_consistent_if_it_ends_and_nothing_is_wrong():
+    teller = bench.storyteller()
+
+    def generate(prompts, params):
+        assert len(set(prompts)) == len(prompts) == 8 and [p.seed for p in params] == list(range(8)) and params[0].temperature == 0.8
+        for i, prompt in enumerate(prompts):
+            whole = next(story for story in map(teller.write_story, teller.HELD_OUT) if story.startswith(prompt))
+            rest = whole[len(prompt):] if i else " The cat was a stone."   # one that is wrong, one that does not end
+            yield SimpleNamespace(text=rest, finish_reason="length" if i == 1 else "stop")
+    assert bench.consistent(SimpleNamespace(generate=generate), 0.8, 8) == 6 / 8
+
+
+def test_quantization_measures_any_checkpoint_whose_tokenizer_writes_stories(tmp_path, monkeypatch, capsys):
+    config = FAMILIES["llama 2"] | dict(vocab_size=1024, max_position_embeddings=512, eos_token_id=1023)
+    write_checkpoint(tmp_path, config, tensors_of(config))
+    (tmp_path / "tokenizer.json").write_bytes((HERE / "demo/llama/tokenizer.json").read_bytes())
+    for name, value in (("TABLES", []), ("measured_ceiling", lambda device, kind: Ceiling(4e11, 3e10)),
+                        ("decode_seconds", lambda llm, B, T: 1.0), ("prefill_seconds", lambda llm, B, T: 1.0)):
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(bench.storyteller(), "HELD_OUT", range(2))
+    assert bench.main(["quantization", "--model", str(tmp_path), "--device", "cpu"]) == 0
+    lost = cells(bench.TABLES[2])
+    assert list(lost) == list(bench.VARIANTS) and all(lost[name]["KL, nats"] > 0 for name in lost if name != "float32")
+    stories = [LLM(HERE / "demo/llama").tokenizer.encode(bench.storyteller().write_story(seed)) + [1023] for seed in range(2)]
+    assert bench.TABLES[2]["title"] == f"What is lost, on 2 held-out stories, {sum(map(len, stories)) - 2} tokens"
+    assert max(map(len, capsys.readouterr().out.splitlines()[2:])) <= 100
+    tokenizer = LLM(HERE / "demo/llama").tokenizer
+    for V, context, expected in ((1024, 512, stories), (1023, 512, []), (1024, 10, [])):
+        stand_in = SimpleNamespace(tokenizer=tokenizer, config=SimpleNamespace(V=V, context=context, eos=[1023]))
+        assert bench.stories_for(stand_in) == expected
+
+
+@pytest.mark.parametrize("command", ["phases", "batch", "cache", "traffic --tokens 512", "serve", "sampling", "quantization"])
 def test_each_measurement_prints_a_narrow_table_and_writes_it_as_json(tmp_path, capsys, monkeypatch, command):
     monkeypatch.setattr(bench, "TABLES", [])
     monkeypatch.setattr(bench, "measured_ceiling", lambda device, dtype: Ceiling(4e11, 3e10))
@@ -473,7 +598,7 @@ def test_cpu_holds_every_row_against_the_right_ceiling(monkeypatch, capsys):
     """With small shapes in the place of gpt2 and llama-135m, without transformers, and with times of 2 and 1 seconds."""
     for name, value in (("gpt2", bench.SHAPES["gpt2"] | dict(n_embd=32, n_layer=1, n_head=2, vocab_size=99)), ("llama-135m", TINY)):
         monkeypatch.setitem(bench.SHAPES, name, value)
-    ceilings = {"float32": Ceiling(4e11, 3e10), "bfloat16": Ceiling(8e11, 2e10)}
+    ceilings = {"float32": Ceiling(4e11, 3e10), "bfloat16": Ceiling(8e11, 2e10), "int8": Ceiling(9e11, 1e10)}
     for name, value in (
             ("TABLES", []), ("transformers", lambda: None), ("measured_ceiling", lambda device, dtype: ceilings[dtype]),
             ("in_turns", lambda measures, turns=5: [[measure() * 0 + seconds] * turns for measure, seconds in zip(measures, (2.0, 1.0))])):
@@ -481,18 +606,18 @@ def test_cpu_holds_every_row_against_the_right_ceiling(monkeypatch, capsys):
     assert bench.main(["cpu"]) == 0
     speed, context = bench.TABLES
     rows = cells(speed)
-    for (shape, dtype), itemsize in zip(itertools.product(("gpt2", "llama-135m"), ceilings), (4, 2, 4, 2)):
+    for (shape, dtype), itemsize in zip(itertools.product(("gpt2", "llama-135m"), ceilings), (4, 2, 4) * 2):
         c = config_of(shape)
         rate, reached, percent, *theirs = list(rows[f"{shape} {dtype}: prefill 512"].values())[1:]
         flops = step_cost(c, [(512, 0)], 1).flops / 2
         assert (rate, reached, percent) == (256, f"{flops / 1e9:.0f} GFLOP/s", pytest.approx(flops / ceilings[dtype].peak * 100))
         for B in (1, 16):   # less the second until the first tokens: 32 steps of 48 tokens, on average
             rate, reached, percent, *theirs = list(rows[f"{shape} {dtype}: decode, batch {B}"].values())[1:]
-            moved = 32 * step_cost(c, [(1, 48)] * B, itemsize).bytes
+            moved = 32 * step_cost(c, [(1, 48)] * B, itemsize, eight_bits=dtype == "int8").bytes
             assert (rate, reached, percent) == (32 * B, f"{moved / 1e9:.0f} GB/s", pytest.approx(moved / 3e10 * 100)) and theirs == ["-", "-"]
-    assert len(rows) == 15 and any(row.startswith("demo/llama") for row in rows)
+    assert len(rows) == 22 and any(row.startswith("demo/llama") for row in rows)
     # More context took less time: a neighbour was at work. A ratio that nobody can believe is not printed.
-    assert [(row[0], row[1], row[2], row[3], row[-1]) for row in context["rows"]] == [(d, 2000, 1000, -1000, "-") for d in ceilings]
+    assert [(row[0], row[1], row[2], row[3], row[-1]) for row in context["rows"]] == [(d, 2000, 1000, -1000, "-") for d in ("float32", "bfloat16")]
     kv = 2 * 1 * 2 * 8
     assert [row[4] for row in context["rows"]] == [pytest.approx(3968 * kv * size / 3e10 * 1000) for size in (4, 2)]
     assert "A decode step of demo/llama takes" in capsys.readouterr().out
@@ -500,6 +625,7 @@ def test_cpu_holds_every_row_against_the_right_ceiling(monkeypatch, capsys):
 
 def test_speed_beside_another_system_is_theirs_over_ours_in_time(monkeypatch):
     llm = SimpleNamespace(config=config_of("llama-135m"), device=torch.device("cpu"), dtype="float32")
+    monkeypatch.setattr(bench, "cost_of", lambda llm, chunks: step_cost(llm.config, chunks, 4))
     for case, lens, new, columns, expected in [
             ("prefill 512", [512], [1], [[2.0, 2, 9], [3.0, 3, 3]], [256, 171, 1.5]),
             ("32 mixed requests", [5, 9], [6, 10], [[2.0, 2, 9], [1.0, 1, 1]], [8, 16, 0.5]),
