@@ -56,8 +56,8 @@ from checkpoint import Config, read_config
 from cli import check_writable, exit_status
 from linear import DTYPES
 from nanoserve import LLM, SamplingParams
-from roofline import (HARDWARE, SHAPES, Ceiling, Cost, clock, config_of, crossover, gpu_seconds, in_turns, kv_bytes,
-                      machine, measured_ceiling, on_paper, ratio, step_cost, weight_bytes)
+from roofline import (HARDWARE, SHAPES, Ceiling, clock, config_of, cost_of, crossover, gpu_seconds, in_8_bits, in_turns,
+                      kv_bytes, machine, measured_ceiling, on_paper, ratio, step_cost, weight_bytes)
 
 DEMO = Path(__file__).parent / "demo/llama"
 
@@ -149,16 +149,6 @@ class Lab:
         """Another LLM with the same weights. Each prompt is new to it unless prefix_cache is asked for."""
         options = dict(prefix_cache=False, max_seqs=32) | options
         return LLM(self.source, self.device, self.llm.dtype, weights=self.llm.model.weights, **options)
-
-
-def in_8_bits(llm: LLM) -> bool:
-    """Whether what it multiplies by is stored in memory so; on a CPU, FP8 is not."""
-    return llm.model.weights["down"][0].scale is not None
-
-
-def cost_of(llm: LLM, chunks: list[tuple[int, int]]) -> Cost:
-    """`step_cost` with the types of this engine's weights, keys and values."""
-    return step_cost(llm.config, chunks, DTYPES[llm.dtype].itemsize, None, llm.kv_cache_dtype, in_8_bits(llm))
 
 
 def random_prompt(c: Config, n: int) -> list[int]:

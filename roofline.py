@@ -74,6 +74,16 @@ def step_cost(c: Config, chunks: list[tuple[int, int]], itemsize: int, logits: i
                 + kv_bytes(c, itemsize, kv_cache_dtype) // c.L * rows)
 
 
+def in_8_bits(llm) -> bool:
+    """Whether what an engine multiplies by is in memory so; on a CPU, FP8 is not."""
+    return llm.model.weights["down"][0].scale is not None
+
+
+def cost_of(llm, chunks: list[tuple[int, int]], logits: int | None = None) -> Cost:
+    """`step_cost` with the types of an engine's weights, keys and values."""
+    return step_cost(llm.config, chunks, DTYPES[llm.dtype].itemsize, logits, llm.kv_cache_dtype, in_8_bits(llm))
+
+
 def layer_weights(c: Config) -> int:
     """Weights of all layers that take part in products: q, k, v and out; up and down, and Llama's gate."""
     return c.L * (c.E * (c.H + 2 * c.K) * c.D + c.H * c.D * c.E + c.I * c.E * (3 if c.family == "llama" else 2))

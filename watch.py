@@ -26,7 +26,7 @@ import kernels
 from batch import Chunk, make_batch
 from linear import DTYPES
 from nanoserve import LLM, Request
-from roofline import measured_ceiling, step_cost
+from roofline import cost_of, measured_ceiling
 
 KINDS = {   # of what may happen to a request in a step: its sign in a terminal, its colour, what it means
     "waiting": ("·", "#dddddd", "waiting"), "preempted": ("!", "#d62728", "preempted"),
@@ -192,8 +192,7 @@ class Explanation:
             lines += [f"tokens     {where}: {self.spell(chunk.tokens)}",
                       f"memory     block table {short(chunk.blocks)}; K and V go to {' to '.join(slots)}"]
         lines += [f"attention  {line}" for line in describe_attention(llm, [chunk for _, chunk in plan])]
-        cost = step_cost(llm.config, [(len(c.tokens), c.start) for _, c in plan], DTYPES[llm.dtype].itemsize,
-                         sum(c.logits for _, c in plan))
+        cost = cost_of(llm, [(len(c.tokens), c.start) for _, c in plan], sum(c.logits for _, c in plan))
         bound = self.ceiling.verdict(cost)
         lines.append(f"cost       {cost.flops / 1e6:.1f} MFLOP / {cost.bytes / 1e6:.2f} MB = "
                      f"{cost.flops / cost.bytes:.2g} FLOP/B, {'below' if bound == 'memory' else 'above'} the machine's "
