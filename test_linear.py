@@ -149,7 +149,7 @@ def test_a_device_that_is_not_there_is_refused_by_name():
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 HAS_VNNI = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 ways = st.sampled_from(["packed", "portable"] if HAS_VNNI else ["portable"])
-widths = st.one_of(st.integers(1, 140), st.integers(1000, 1100), st.integers(2040, 4200))   # of rows and weights
+widths = st.one_of(st.integers(1, 140), st.integers(1000, 4200), st.sampled_from([1024, 1025, 2049, 4100]))   # of rows and weights
 
 
 def packed(way, part):
@@ -252,8 +252,8 @@ def test_a_weight_of_many_rows_is_quantised_in_pieces_as_in_one(quantization):
     weight = uneven(np.random.default_rng(0), 2100, 5).float()
     whole = linear.quantize(Part(weight), quantization)
     rows = [linear.quantize(Part(row[None]), quantization) for row in weight]
-    assert torch.equal(whole.weight.view(torch.uint8), torch.cat([row.weight for row in rows]).view(torch.uint8))
-    assert torch.equal(whole.scale, torch.cat([row.scale for row in rows])) and len(whole.scale) == 2100
+    numbers, scales = torch.cat([row.weight for row in rows]), torch.cat([row.scale for row in rows])
+    assert torch.equal(whole.weight.view(torch.uint8), numbers.view(torch.uint8)) and torch.equal(whole.scale, scales)
     part = Part(weight)
     assert linear.quantize(part, None) is part
 
