@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -177,6 +178,20 @@ def in_8_bits(tensors: dict[str, Tensor], quantization: dict, but: list[str] = [
     return stored
 
 
+def as_int8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What LLM(quantization="int8") makes of the tensors, in float64: whatever rows are multiplied by is in 127 steps for
+    each output, and is marked. A tied head is no longer the embedding."""
+    meant = {name: tensor.double() for name, tensor in tensors.items()}
+    (embedding,) = (name for name in tensors if name.endswith(("wte.weight", "embed_tokens.weight")))
+    tensors = {"lm_head.weight": tensors[embedding]} | tensors
+    for name, tensor in tensors.items():
+        if re.search(r"(_proj|lm_head|c_attn|c_proj|c_fc)\.weight$", name):
+            outputs_last = ".c_" in name
+            meant[name] = (int8(tensor.T).T if outputs_last else int8(tensor)).double()
+            meant[name.removesuffix("weight") + "rounded"] = torch.ones(())
+    return meant
+
+
 def dequantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the tensors of such a file stand for, in float64. A scale multiplies, also where it is called an inverse. A
     layer in int8 is marked: its rows are in 8 bits, too."""
@@ -215,9 +230,15 @@ def as_it_is(x: Tensor) -> Tensor:
 
 
 def int8(x: Tensor) -> Tensor:
-    """K or V [K, T, D] as a cache of int8 gives them back: every row in 127 steps up to its largest element."""
+    """Every row in 127 steps up to its largest element: K or V [K, T, D] as a cache of int8 gives them back, or what a
+    product of int8 makes of a matrix."""
     step = x.abs().amax(-1, keepdim=True) / 127
     return (x / step).round() * step
+
+
+def rows_for(name: str, x: Tensor, w: dict[str, Tensor]) -> Tensor:
+    """Rows as a layer takes them: one in int8 rounds them, too."""
+    return int8(x) if name + ".rounded" in w else x
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
@@ -239,7 +260,7 @@ def plain_gpt2(c: dict, w: dict[str, Tensor], ids: list[int], kv) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w[name + ".weight"] + w[name + ".bias"]
 
     def conv(x, name):
-        return x @ w[name + ".weight"] + w[name + ".bias"]
+        return rows_for(name, x, w) @ w[name + ".weight"] + w[name + ".bias"]
 
     x = w["wte.weight"][ids] + w["wpe.weight"][:len(ids)]
     for l in range(c["n_layer"]):
@@ -249,7 +270,7 @@ def plain_gpt2(c: dict, w: dict[str, Tensor], ids: list[int], kv) -> Tensor:
             scale /= l + 1
         x = x + conv(plain_attention(q, kv(k), kv(v), scale, None).transpose(0, 1).reshape(-1, E), f"h.{l}.attn.c_proj")
         x = x + conv(act(conv(norm(x, f"h.{l}.ln_2"), f"h.{l}.mlp.c_fc")), f"h.{l}.mlp.c_proj")
-    return norm(x, "ln_f") @ w.get("lm_head.weight", w["wte.weight"]).T
+    return rows_for("lm_head", norm(x, "ln_f"), w) @ w.get("lm_head.weight", w["wte.weight"]).T
 
 
 def plain_frequencies(c: dict) -> list[float]:
@@ -291,10 +312,7 @@ def plain_llama(c: dict, w: dict[str, Tensor], ids: list[int], kv) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + (c.get("rms_norm_eps") or 1e-6)).sqrt() * w[name + ".weight"]
 
     def project(x, name):
-        if name + ".rounded" in w:   # to 127 steps on either side of 0, as long as the largest of the row asks for
-            step = x.abs().max(-1, keepdim=True).values / 127
-            x = (x / step).round() * step
-        return x @ w[name + ".weight"].T + w.get(name + ".bias", 0)
+        return rows_for(name, x, w) @ w[name + ".weight"].T + w.get(name + ".bias", 0)
 
     def turn(x):   # each pair of a head's dimensions as a complex number
         x = torch.complex(x[..., :D // 2], x[..., D // 2:]) * torch.polar(torch.ones_like(angles), angles)

@@ -90,6 +90,8 @@ def test_in_a_batch_only_the_prompt_at_fault_ends():
     (["--prompt", "x", "--top-p", "0"], "top_p"), (["--prompt", "x", "--top-p", "1.5"], "top_p"), (["--prompt", "x", "--top-k", "-1"], "top_k"),
     (["--prompt", "x", "--stop", ""], "stop is"), (["--prompt", "x", "--device", "abacus"], "abacus"),
     (["--prompt", "x", "--device", "cuda:99"], "cuda:99"), (["--prompt", "x", "--dtype", "int8"], "int8"),
+    (["--prompt", "x", "--quantization", "int4"], "quantization 'int4' is not supported: use int8 or fp8"),
+    (["--prompt", "x", "--kv-cache-dtype", "fp4"], "kv_cache_dtype 'fp4' is not supported: use auto or int8"),
     (["--prompt", "x", "--attention", "magic"], "magic"), (["--prompt", "x", "--model", "/nowhere"], "/nowhere"),
     (["--prompt", "x", "--block-size", "0"], "block_size"), (["--prompt", "x", "--num-blocks", "-1"], "num_blocks"),
     (["--prompt", "x", "--num-blocks", "999999999999"], "blocks"), (["--prompt", "x", "--max-seqs", "0"], "max_seqs"),

@@ -1,6 +1,7 @@
 """How we know that products are right, and that threads and types are chosen by reason. (Read beside linear.py, device.py.)"""
 
 import os
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -12,12 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cli
 import device
 import linear
 import nanoserve
 from linear import Part, pack
 from nanoserve import LLM, SamplingParams
-from reference import LLAMA, tensors_of, write_checkpoint
+from reference import (FAMILIES, LLAMA, as_int8, compressed_tensors, dequantised, in_8_bits, plain, tensors_of,
+                       write_checkpoint)
 
 HERE = Path(__file__).parent
 HAS_TRITON = device.load_triton() is not None
@@ -141,9 +144,199 @@ def test_a_device_that_is_not_there_is_refused_by_name():
 
 
 # ---------------------------------------------------------------------------------------------
-# 8-bit products on a GPU, or in Triton's interpreter
+# 8-bit products on a CPU
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
+HAS_VNNI = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+ways = st.sampled_from(["packed", "portable"] if HAS_VNNI else ["portable"])
+widths = st.one_of(st.integers(1, 140), st.integers(1000, 4200), st.sampled_from([1024, 1025, 2049, 4100]))   # of rows and weights
+
+
+def packed(way, part):
+    """In oneDNN's order, or as a processor without VNNI keeps it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if way == "portable":
+            patch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+        made = pack(part, torch.float32)
+    assert made.weight.is_mkldnn == (way == "packed")
+    return made
+
+
+def in_127_steps(x):
+    """The definition: whole numbers, int64, and a scale for each row, float32. Rows of zeros have the scale 0."""
+    x = x.float().numpy()
+    scale = np.abs(x).max(1, keepdims=True, initial=0) / np.float32(127)
+    return np.rint(x / np.where(scale > 0, scale, 1)).astype(np.int64), scale
+
+
+def uneven(rng, rows, columns):
+    """Rows that differ a millionfold, one of them zeros, and one with an element far above the others."""
+    x = rng.standard_normal((rows, columns)) * 10 ** rng.uniform(-4, 2, (rows, 1))
+    if rows:
+        x[rng.integers(rows)] = 0
+        x[rng.integers(rows), rng.integers(columns)] = 1e6
+    return torch.from_numpy(x)
+
+
+@settings(max_examples=80)
+@given(way=ways, rows=st.integers(0, 70), inputs=widths, outputs=st.integers(1, 60), biased=st.booleans(), stored=st.booleans(),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 99))
+def test_an_int8_product_on_a_cpu_is_the_definition(poisoned, way, rows, inputs, outputs, biased, stored, dtype, seed):
+    rng = np.random.default_rng(seed)
+    x, bias = uneven(rng, rows, inputs).to(dtype), torch.from_numpy(rng.standard_normal(outputs)).to(dtype) if biased else None
+    if stored:   # some have -128 as well
+        weight = torch.from_numpy(rng.integers(-128, 128, (outputs, inputs))).to(INT8)
+        part = Part(weight, bias, torch.from_numpy(10 ** rng.uniform(-4, 0, (outputs, 1))).float())
+        w, w_scale = weight.long().numpy(), part.scale.numpy()
+    else:
+        plain = uneven(rng, outputs, inputs).to(dtype)
+        w, w_scale = in_127_steps(plain)
+        part = linear.quantize(Part(plain, bias), "int8")
+        plain.fill_(torch.nan)   # the plain weight may be let go
+        assert part.weight.dtype == INT8 and (part.weight.numpy() == w).all()
+        assert part.scale.dtype == torch.float32 and (part.scale.numpy() == w_scale).all()
+    made = packed(way, part)
+    if way == "packed":
+        part.weight.fill_(99)
+    q, scale = in_127_steps(x)
+    terms = (q @ w.T).astype(np.float64) * scale * w_scale.T.astype(np.float64)
+    b = bias.double().numpy() if biased else np.zeros(outputs)
+    y = linear.linear(x, made)
+    assert y.dtype == dtype and y.shape == (rows, outputs) and y.is_contiguous()
+    size = np.abs(terms) + np.abs(b)
+    assert (np.abs(y.double().numpy() - (terms + b)) <= size * 3e-7 + np.abs(terms + b) * (2 ** -8 if dtype == torch.bfloat16 else 0)).all()
+
+
+@settings(max_examples=80)
+@given(way=ways, rows=st.integers(1, 40), inputs=widths, outputs=st.integers(1, 60),
+       kind=st.sampled_from(["any", "largest", "lowest", "alternating"]), seed=st.integers(0, 99))
+def test_whole_numbers_are_multiplied_exactly(poisoned, way, rows, inputs, outputs, kind, seed):
+    """All scales are 1. Pairs of the largest products overflow 16 bits, and beyond 1,024 columns floats would round."""
+    rng = np.random.default_rng(seed)
+    low, high = {"any": (-127, 128), "largest": (125, 128), "lowest": (-127, -125), "alternating": (125, 128)}[kind]
+    x, w = rng.integers(low, high, (rows, inputs)), rng.integers(*((-128, 128) if kind == "any" else (-128, -125)), (outputs, inputs))
+    if kind == "alternating":   # what has become large becomes small again
+        x[:, inputs // 2:] *= -1
+    x[np.arange(rows), rng.integers(inputs, size=rows)] = 127
+    y = linear.linear(torch.from_numpy(x).float(), packed(way, Part(torch.from_numpy(w).to(INT8), None, torch.ones(outputs, 1))))
+    assert (y.numpy() == (x @ w.T).astype(np.float32)).all()
+
+
+@settings(max_examples=40)
+@given(rows=st.integers(1, 70), inputs=widths, outputs=st.integers(1, 60), biased=st.booleans(), seed=st.integers(0, 99),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16]), bad=st.sampled_from([torch.nan, torch.inf, -torch.inf]), data=st.data())
+def test_a_row_in_int8_has_the_same_bits_in_any_company(poisoned, rows, inputs, outputs, biased, seed, dtype, bad, data):
+    rng = np.random.default_rng(seed)
+    part = linear.quantize(Part(uneven(rng, outputs, inputs).float(), torch.randn(outputs, dtype=dtype) if biased else None), "int8")
+    x = uneven(rng, rows, inputs).to(dtype)
+    results = []
+    for way in ["packed", "portable"] if HAS_VNNI else ["portable"]:
+        made = packed(way, part)
+        together = linear.linear(x, made)
+        results.append(together)
+        at = data.draw(st.integers(0, rows - 1))
+        some = data.draw(st.lists(st.integers(0, rows - 1), min_size=1))
+        assert torch.equal(linear.linear(x[at:at + 1], made), together[at:at + 1])
+        assert torch.equal(linear.linear(x[some], made), together[some])
+        harmed = x.clone()
+        harmed[at, data.draw(st.integers(0, inputs - 1))] = bad
+        y, others = linear.linear(harmed, made), [row for row in range(rows) if row != at]
+        assert not y[at].isfinite().any() and torch.equal(y[others], together[others])
+        zeros = linear.linear(torch.zeros_like(x), made)
+        assert torch.equal(zeros, (part.bias if biased else torch.zeros(outputs, dtype=dtype)).expand(rows, -1))
+    torch.testing.assert_close(results[0], results[-1], rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=0)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_a_weight_of_many_rows_is_quantised_in_pieces_as_in_one(quantization):
+    weight = uneven(np.random.default_rng(0), 2100, 5).float()
+    whole = linear.quantize(Part(weight), quantization)
+    rows = [linear.quantize(Part(row[None]), quantization) for row in weight]
+    numbers, scales = torch.cat([row.weight for row in rows]), torch.cat([row.scale for row in rows])
+    assert torch.equal(whole.weight.view(torch.uint8), numbers.view(torch.uint8)) and torch.equal(whole.scale, scales)
+    part = Part(weight)
+    assert linear.quantize(part, None) is part
+
+
+E4M3 = np.array([m / 8 * 2 ** -6 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for e in range(16) for m in range(8)][:127])
+
+
+@settings(max_examples=60)
+@given(rows=st.integers(0, 20), inputs=st.one_of(st.integers(1, 140), st.sampled_from([128, 256, 300])), outputs=st.integers(1, 60),
+       biased=st.booleans(), stored=st.booleans(), dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 99))
+def test_fp8_on_a_cpu_is_the_widened_product(poisoned, rows, inputs, outputs, biased, stored, dtype, seed):
+    rng = np.random.default_rng(seed)
+    bias = torch.from_numpy(rng.standard_normal(outputs)).to(dtype) if biased else None
+    if stored:   # a scale per row, or per row and 128 columns
+        part = random_part(rng, outputs, inputs, FP8, rng.choice([1, -(-inputs // 128)]), False)
+        part = Part(part.weight.cpu(), bias, part.scale.cpu())
+        byte = part.weight.view(torch.uint8).numpy()
+        meant = np.where(byte < 128, 1, -1) * E4M3[byte & 0x7F] * part.scale.numpy().repeat(128 if part.scale.shape[1] > 1 else inputs, 1)[:, :inputs]
+    else:
+        weight = uneven(rng, outputs, inputs).to(dtype)
+        part = linear.quantize(Part(weight, bias), "fp8")
+        scale = weight.float().abs().amax(1, keepdim=True) / 448
+        scaled = (weight.float() / torch.where(scale > 0, scale, 1.0)).double().numpy()
+        distance = np.abs(np.abs(scaled)[..., None] - E4M3)
+        assert torch.equal(part.scale, scale)
+        number = part.weight.double().numpy()   # one of the nearest
+        assert (np.abs(number - scaled) == distance.min(-1)).all()
+        meant = number * scale.double().numpy()
+    x = uneven(rng, rows, inputs).to(dtype)
+    widened = torch.from_numpy(meant).float().to(dtype)
+    made = pack(part, dtype)
+    assert made.scale is None
+    assert torch.equal(linear.linear(x, made), linear.linear(x, pack(Part(widened, bias), dtype)))
+
+
+def test_a_part_without_a_scale_is_not_widened():
+    part = Part(torch.ones(2, 2))
+    assert linear.widen(part, torch.bfloat16) is part
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_int8_weights_give_the_logits_of_int8_weights(tmp_path, name):
+    """And leave the embedding and the norms as they are, also where the head is tied to the embedding."""
+    config = FAMILIES[name]
+    tensors = tensors_of(config)
+    ids = torch.randint(61, (110,), generator=torch.Generator().manual_seed(1)).tolist()
+    llm = LLM(write_checkpoint(tmp_path, config, tensors), dtype="float32", quantization="int8")
+    expected = plain(config, as_int8(tensors), ids)
+    error_T = (llm.logits(ids).double().cpu() - expected).abs().amax(-1) / expected.abs().max()
+    assert error_T.median() < 1e-4 and error_T.max() < 0.1, "now and then a number in a row is rounded to the other side"
+    for part, stored in (("embedding", "embed_tokens.weight"), ("final_norm", "norm.weight")):
+        stored = {"embedding": "wte.weight", "final_norm": "ln_f.weight"}[part] if config["model_type"] == "gpt2" else "model." + stored
+        assert torch.equal(llm.model.weights[part][0].weight.cpu(), tensors[stored])
+    for part in ("qkv", "out", "up", "down", "head"):
+        assert all(p.scale is not None for p in llm.model.weights[part]), part
+
+
+def test_fp8_weights_give_the_logits_of_fp8_weights(tmp_path):
+    tensors, ids = tensors_of(LLAMA), list(range(60))
+    llm = LLM(write_checkpoint(tmp_path, LLAMA, tensors), device="cpu", dtype="float32", quantization="fp8")
+    expected = plain(LLAMA, dequantised(in_8_bits(tensors, compressed_tensors("float"), but=[])), ids)
+    assert (llm.logits(ids) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_quantization_that_cannot_be_is_refused_before_a_weight_is_read(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(nanoserve, "load_weights", None)
+    write_checkpoint(tmp_path / "plain", LLAMA, tensors_of(LLAMA))
+    for wrong in ("int4", "INT8", "", 8, torch.int8):
+        with pytest.raises(ValueError, match=f"^quantization {re.escape(repr(wrong))} is not supported: use int8 or fp8$"):
+            LLM(tmp_path / "plain", quantization=wrong)
+    for kind, stored in (("int", "int8"), ("float", "fp8")):
+        folder = write_checkpoint(tmp_path / kind, LLAMA | dict(quantization_config=compressed_tensors(kind)), {})
+        for asked in ("int8", "fp8"):
+            words = f"{folder} is stored in {stored} already: leave quantization out"
+            with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+                LLM(folder, quantization=asked)
+        assert cli.main(["--model", str(folder), "--prompt", "x", "--quantization", "int8"]) == 2
+        assert words in (err := capfd.readouterr().err) and err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# 8-bit products on a GPU, or in Triton's interpreter
+
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton for this platform")
 
 

@@ -85,7 +85,8 @@ def check_pool(llm):
 
 def assert_tokens_do_not_depend_on_company(lone, config, backend, options, spare, arrivals, hopeful):
     """hopeful: the scheduler believes that every answer will be short, so that the pool runs out and it must preempt."""
-    folder, prompts, expected = lone[config + " int8" * (options["kv_cache_dtype"] == "int8")]
+    weights, kv = options["quantization"] == "int8", options["kv_cache_dtype"] == "int8"
+    folder, prompts, expected = lone[config + " int8 weights" * weights + " int8 kv" * kv]
     S = options["block_size"]
     llm = LLM(folder, attention=backend, dtype="float32", num_blocks=-(-(60 + NEW) // S) + spare, **options)
     check_steps(llm)
@@ -131,6 +132,7 @@ arrivals = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 12), st.integers
                     min_size=1, max_size=9)
 engine_options = st.fixed_dictionaries(dict(block_size=st.integers(1, 17), max_batched_tokens=st.integers(1, 80),
                                             max_seqs=st.integers(1, 9), prefix_cache=st.booleans(),
+                                            quantization=st.sampled_from([None, "int8"]),
                                             kv_cache_dtype=st.sampled_from(["auto", "int8"])))
 
 
