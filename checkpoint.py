@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from linear import Part, has_kernels, pack, quantize, widen
+from linear import GROUP, Part, has_kernels, pack, quantize, widen
 
 
 # ---------------------------------------------------------------------------------------------
@@ -149,7 +149,6 @@ def read_eos(raw: Fields, generation: Path) -> list[int]:
     return eos
 
 
-BLOCK = 128   # rows and columns of a weight that share a scale in "fp8"
 FORMATS = "int-quantized", "float-quantized", "naive-quantized"   # of compressed-tensors: the same under three names
 
 
@@ -167,7 +166,7 @@ def read_quantization(raw: Fields, model_type: str) -> dict:
         raise ValueError(f"{raw.path}: 'quantization_config' is not supported for gpt2: use the unquantised checkpoint")
     if said["quant_method"] == "fp8":
         expect(raw, said, "", activation_scheme=("dynamic", None), fmt=("e4m3", "float8_e4m3fn", None),
-               weight_block_size=([BLOCK, BLOCK],))
+               weight_block_size=([GROUP, GROUP],))
         key = "modules_to_not_convert" if said.get("modules_to_not_convert") else "ignored_layers"
         return dict(stored="fp8", blocks=True, ignored=read_ignored(raw, said, key))
 
@@ -438,7 +437,7 @@ def plan_scales(c: Config, checkpoint: Checkpoint) -> dict[str, Stored]:
         if any(re.match(pattern, module) for pattern in c.ignored):
             continue
         if checkpoint.stored_type(name) == {"int8": "I8", "fp8": "F8_E4M3"}[c.stored]:
-            blocks = -(-out // BLOCK), -(-inputs // BLOCK)
+            blocks = -(-out // GROUP), -(-inputs // GROUP)
             scales[name] = (name + "_scale_inv", blocks) if c.blocks else (name + "_scale", (out, 1))
     return scales
 
@@ -545,7 +544,7 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
         if name not in scales:
             return None
         scale = checkpoint.read_scale(scales[name][0])
-        return scale.repeat_interleave(BLOCK, 0)[:shape[0]] if c.blocks else scale.view(-1, 1)
+        return scale.repeat_interleave(GROUP, 0)[:shape[0]] if c.blocks else scale.view(-1, 1)
     return make_parts(c, device, dtype, quantization, read, read_scale)
 
 

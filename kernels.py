@@ -167,7 +167,7 @@ class Call(NamedTuple):
 IN_PLACE = 400_000   # bytes of K and V. To gather fewer takes less than the 15 us of a call of their own
 
 
-def plan_torch(batch: Batch, H: int, k_KNSD: Tensor, window: int | None, dtype=torch.float32) -> list[Call]:
+def plan_torch(batch: Batch, H: int, k_KNSD: Tensor, window: int | None, dtype: torch.dtype) -> list[Call]:
     """The calls that attend to the whole step, for queries of this dtype.
 
     A chunk has a call of its own. So has a long decode whose keys are neighbours, if they are float32: what the fused
@@ -198,7 +198,8 @@ def in_place(batch: Batch, b: int, window: int | None, S: int) -> slice | None:
         return slice(slot, slot + stop - first)
 
 
-def plan_call(batch: Batch, H: int, k_KNSD: Tensor, requests: list[int], window: int | None, dtype) -> Call:
+def plan_call(batch: Batch, H: int, k_KNSD: Tensor, requests: list[int], window: int | None,
+              dtype: torch.dtype) -> Call:
     """One call for these decodes, or for this one chunk.
 
     Two decodes of 3 and 5 keys: the first has its last key three times, so that both have 5, and a mask hides two:

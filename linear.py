@@ -35,6 +35,7 @@ from torch import Tensor
 from device import jit, load_triton
 
 SMALL = 1 << 20   # bytes of a weight in float32
+GROUP = 128       # columns that share a scale, where a row has several; in blocks of FP8 as many rows do, too
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 triton = tl = INTERPRETED = None   # until `load_triton`
 
@@ -100,7 +101,7 @@ def widen(part: Part, dtype: torch.dtype) -> Part:
     if part.scale is None:
         return part
     weight = part.weight.to(dtype)   # exact: 16 bits hold every number of these 8
-    columns = 128 if part.scale.shape[1] > 1 else weight.shape[1]
+    columns = GROUP if part.scale.shape[1] > 1 else weight.shape[1]
     for piece, scale in zip(weight.split(columns, 1), part.scale.split(1, 1)):
         piece.mul_(scale)
     return Part(weight, part.bias)
@@ -186,7 +187,6 @@ def has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and load_triton() is not None
 
 
-GROUP = 128   # columns
 FEW = 32      # rows; as many cost as much as one, the time of reading the weight
 
 
