@@ -212,7 +212,7 @@ def stopwatch(llm: LLM):
         return call
 
     model, choosing = [], []
-    owner, name = (llm.graphs, "replay") if llm.graphs else (llm, "forward")
+    owner, name = (llm.runner.graphs, "replay") if llm.runner.graphs else (llm.runner, "forward")
     with (patch.object(owner, name, timed(getattr(owner, name), model)),
           patch.object(nanoserve, "choose", timed(nanoserve.choose, choosing))):
         yield model, choosing

@@ -29,14 +29,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batch import Batch
+from batch import Batch, Chunk, Graphs, make_batch
 from checkpoint import Config
+from device import single_thread
 from kernels import ATTENTION, WRITE_KV
 from linear import Part, linear
 
 GELU_TANH = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": F.gelu, "relu": F.relu,
                "silu": F.silu, "swish": F.silu}
+SINGLE_THREAD = 2_000_000   # products of the MLP's matrix in a step: with fewer, a second thread mostly waits
 
 
 class Model:
@@ -116,3 +118,30 @@ def rope_frequencies(rope: dict, D: int) -> Tensor:
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return keep * frequency + (1 - keep) * frequency / rope["factor"]
     return frequency
+
+
+class ModelRunner:
+    """A model at work: it runs chunks, and its K and V are in one memory, in the blocks of a pool."""
+
+    def __init__(self, model: Model, memory, pool, cuda_graphs: bool):
+        """memory: a KVMemory, the pool itself or one whose blocks have the same numbers. cuda_graphs: whether steps are
+        replayed where a graph can do so."""
+        self.model, self.memory, self.pool = model, memory, pool
+        self.graphs = Graphs(self.forward, pool.block_size, pool.block_tables_UM) if cuda_graphs else None
+
+    def __call__(self, chunks: list[Chunk]) -> Tensor:
+        """float32 [rows that want logits, V], in the order of the chunks. The next call may write over them."""
+        if not (self.graphs and self.graphs.fit(chunks)):
+            return self.directly(chunks)
+        self.pool.upload()
+        return self.graphs.replay(self.graphs.batch(chunks))[:sum(chunk.logits for chunk in chunks)]
+
+    def directly(self, chunks: list[Chunk]) -> Tensor:
+        """The same without a graph; nothing writes over what it returns."""
+        self.pool.upload()
+        return self.forward(make_batch(chunks, self.pool.block_size, self.model.device, self.pool.block_tables_UM))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The model's logits of a batch. It works on as many threads as the step can keep busy."""
+        with single_thread(len(batch.tokens_T) * self.model.config.I * self.model.config.E < SINGLE_THREAD):
+            return self.model(batch, self.memory)

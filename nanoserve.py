@@ -22,23 +22,24 @@ if __name__ == "__main__":   # the command line is a room of its own, which impo
 
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from device import find_device, keep_freed_memory, memory_for_pool, single_thread, uninterrupted   # before torch
+from device import find_device, keep_freed_memory, memory_for_pool, uninterrupted   # before torch
 
 import torch
 from torch import Tensor
 
 import kernels
-from batch import Batch, Chunk, Graphs, make_batch
+from batch import Chunk
 from checkpoint import Config, load_weights, random_weights, read_config
 from linear import DTYPES, QUANTIZATIONS, Part, fastest_dtype
-from model import Model
-from paged_kv import BlockTable, KVPool
+from model import Model, ModelRunner
+from paged_kv import BlockTable, KVMemory, KVPool
 from sampling import SamplingParams, choose, describe, is_int, log_probabilities, noise_key
+from speculate import DraftModel, NgramDrafter, Speculator, load_draft
 from tokenizer import load_tokenizer
 
 
@@ -59,6 +60,8 @@ class Output:
     blocks: int = 0                    # KV blocks held at the end
     reused_tokens: int = 0             # prompt tokens whose K and V were found in the prefix cache
     computed_tokens: int = 0           # tokens that the model ran, after a preemption some of them again
+    drafted_tokens: int = 0            # of these, guesses; and new tokens that came without a step of their own,
+    accepted_tokens: int = 0           # because a guess was right
     logprobs: list[dict[int, float]] | None = None   # per new token, if asked for: its own, then those of the k best
     samples: list[Output] = field(default_factory=list)   # all n continuations, this one first
 
@@ -160,7 +163,7 @@ class Scheduler:
             length, table = len(request.tokens), request.table
             if length - request.computed == 1 and self._has_slot(request):
                 decodes.append((request, Chunk([request.tokens[-1]], length - 1, table.blocks, 1, table.row)))
-                if length % S == 0:
+                if length // S > table.known:
                     pool.commit(table, request.tokens, length)
         # 2. The prompts that are under way, then newcomers.
         budget = self.max_batched_tokens - len(decodes)
@@ -185,6 +188,13 @@ class Scheduler:
             if self._preempt() is request:
                 return False
         return True
+
+    def make_room(self, request: Request, drafts: int) -> int:
+        """Slots for so many drafts behind the request's last token, or for as many as the pool has: nobody is preempted
+        for a guess."""
+        while not self.pool.grow(request.table, len(request.tokens) + drafts):
+            drafts -= 1
+        return drafts
 
     def _admit(self) -> Request | None:
         """Let the first in the queue run, with blocks for its whole prompt, if it can be expected to fit to its end."""
@@ -217,7 +227,7 @@ class Scheduler:
         end = max(length + 1, prompt + math.ceil(self.usage * (request.max_length - prompt)))
         shared = length // self.pool.block_size
         own = blocks_for(min(end, request.max_length)) - shared
-        return shared + len(request.siblings) * own - len(request.table.blocks)
+        return max(0, shared + len(request.siblings) * own - len(request.table.blocks))   # drafts may have more
 
     def _preempt(self) -> Request:
         youngest = self.running.pop()
@@ -265,9 +275,6 @@ class Scheduler:
 # ---------------------------------------------------------------------------------------------
 # The engine
 
-SINGLE_THREAD = 2_000_000   # products of the MLP's matrix in a step: with fewer, a second thread mostly waits
-
-
 class LLM:
     """A model, its KV pool and the loop.
 
@@ -280,6 +287,8 @@ class LLM:
     kv_cache_dtype: "auto" keeps K and V as the model computes them; "int8" in a byte a number and a scale per token and
     KV head, in a half to nearly a quarter of the memory. quantization: "int8" or "fp8" brings the weights into 8 bits
     while they are loaded.
+    speculative_model: who guesses tokens for the model to verify, "ngram" or the folder of a smaller model with the same
+    vocabulary; num_speculative_tokens: how many in a step at most.
     cuda_graphs: whether decode steps are replayed; None: wherever attention is "triton" on a GPU. weights: those of
     another LLM of the same model, to share; None: they are read.
     Raises ValueError, in one sentence, for what does not exist or does not fit.
@@ -288,7 +297,8 @@ class LLM:
     def __init__(self, model: str | Path | Config, device: str = "auto", dtype: str = "auto", attention: str = "auto",
                  block_size: int | None = None, num_blocks: int | None = None, max_batched_tokens: int | None = None,
                  max_seqs: int = 64, prefix_cache: bool = True, quantization: str | None = None,
-                 kv_cache_dtype: str = "auto", cuda_graphs: bool | None = None,
+                 kv_cache_dtype: str = "auto", speculative_model: str | Path | Config | None = None,
+                 num_speculative_tokens: int = 4, cuda_graphs: bool | None = None,
                  weights: dict[str, list[Part]] | None = None):
         self.folder = None if isinstance(model, Config) else Path(model)
         self.config = c = read_config(self.folder) if self.folder else model
@@ -312,7 +322,8 @@ class LLM:
         block_size = (64 if gpu else 16) if block_size is None else block_size
         max_batched_tokens = (4096 if gpu else 512) if max_batched_tokens is None else max_batched_tokens
         for what, value in (("block_size", block_size), ("num_blocks", num_blocks),
-                            ("max_batched_tokens", max_batched_tokens), ("max_seqs", max_seqs)):
+                            ("max_batched_tokens", max_batched_tokens), ("max_seqs", max_seqs),
+                            ("num_speculative_tokens", num_speculative_tokens)):
             if value is not None and (not is_int(value) or not 0 < value < 2 ** 31):
                 raise ValueError(f"{what} is {str(value)[:50]}: it must be a whole number from 1 to 2147483647")
         kernels.check(attention, self.device, DTYPES[self.dtype], c.H, c.K, c.D, block_size)
@@ -324,25 +335,35 @@ class LLM:
         if weights is None:
             weights = (load_weights(self.folder, c, self.device, DTYPES[self.dtype], quantization) if self.folder else
                        random_weights(c, self.device, DTYPES[self.dtype], quantization))
+        draft = None if speculative_model in (None, "ngram") else load_draft(
+            speculative_model, c, self.tokenizer, self.device, DTYPES[self.dtype], attention, block_size, quantization)
         keep_freed_memory(True)
         self.model = Model(c, weights, attention)
         max_seqs = min(max_seqs, max_batched_tokens)   # so that a step has a token for everyone who decodes
-        self.pool = self._make_pool(block_size, num_blocks, max_seqs, prefix_cache)
+        self.pool = self._make_pool(block_size, num_blocks, max_seqs, prefix_cache, draft.config if draft else None)
         self.scheduler = Scheduler(self.pool, max_batched_tokens, max_seqs)
         if cuda_graphs is None:
             cuda_graphs = gpu and attention == "triton" and not kernels.INTERPRETED
-        self.graphs = Graphs(self.forward, block_size, self.pool.block_tables_UM) if cuda_graphs else None
+        self.runner = ModelRunner(self.model, self.pool, self.pool, cuda_graphs)
+        self.speculator = None
+        if speculative_model is not None:
+            drafter = DraftModel(draft, self.pool, max_batched_tokens, cuda_graphs) if draft else NgramDrafter()
+            self.speculator = Speculator(drafter, num_speculative_tokens)
         self.requests: dict[int, Request] = {}
         self.grown: dict[Output, None] = {}   # since `step` last returned; an ordered set
         self.stepping, self.doomed = False, []   # who was aborted within a step, by a logits_processor or watcher
-        self.next_id = self.steps = self.computed_tokens = 0
+        self.next_id = self.steps = self.computed_tokens = self.drafted_tokens = self.accepted_tokens = 0
         self.watchers = []   # called in every step, with what was planned, who gets a token, which one, and the logits
 
-    def _make_pool(self, block_size: int, num_blocks: int | None, max_seqs: int, prefix_cache: bool) -> KVPool:
-        """The pool: room for max_seqs full contexts, or for as much of them as memory allows."""
+    def _make_pool(self, block_size: int, num_blocks: int | None, max_seqs: int, prefix_cache: bool,
+                   draft: Config | None) -> KVPool:
+        """The pool: room for max_seqs full contexts, or for as much of them as memory allows. draft: of the draft model,
+        whose K and V lie in blocks of their own with the same numbers."""
         c, int8, dtype = self.config, self.kv_cache_dtype == "int8", DTYPES[self.dtype]
-        row_bytes = c.D + 4 if int8 else c.D * dtype.itemsize   # K or V of a token and head; in INT8 with its scale
-        block_bytes, full = 2 * c.L * c.K * block_size * row_bytes, -(-c.context // block_size)
+        full, block_bytes = -(-c.context // block_size), 0
+        for m in (c, draft) if draft else (c,):
+            row_bytes = m.D + 4 if int8 else m.D * dtype.itemsize   # K or V of a token and head; in INT8 with its scale
+            block_bytes += 2 * m.L * m.K * block_size * row_bytes
         most, share = memory_for_pool(self.device)
         if num_blocks is None:
             num_blocks = max(1, min(full * max_seqs, share // block_bytes))
@@ -353,8 +374,9 @@ class LLM:
         if tables * width * 8 > most // 8:
             raise ValueError(f"block tables for {max_seqs} requests of {width} blocks need {tables * width / 125e6:.1f}"
                              " GB: lower max_seqs or max_batched_tokens")
-        return KVPool(c.L, c.K, c.D, num_blocks, block_size, torch.int8 if int8 else dtype, self.device, prefix_cache,
-                      tables, width)
+        blocks = num_blocks, block_size, torch.int8 if int8 else dtype, self.device
+        memory = KVMemory(draft.L, draft.K, draft.D, *blocks) if draft else None
+        return KVPool(c.L, c.K, c.D, *blocks, prefix_cache, tables, width, memory)
 
     # --- the loop, one turn at a time
 
@@ -430,60 +452,66 @@ class LLM:
     def _run(self, plan: list[tuple[Request, Chunk]]):
         """Logits for the plan, tokens from the logits, and then, when nothing can fail any more, the books.
 
-        A prompt with n = 3 is the last piece of its prompt in this step, another request decodes, and a third is in the
-        middle of its prompt: then two are `complete`, there are two rows of logits, and four requests take a token.
+        A prompt with n = 3 is the last piece of its prompt in this step, another request decodes with two drafts, and a
+        third is in the middle of its prompt: then there are 1 + 3 rows of logits, and 3 + 3 takers. Of the last three the
+        first counts, and those after drafts that are right.
         """
-        complete = [request for request, chunk in plan if chunk.logits]
-        takers = [sibling for request in complete for sibling in request.siblings]
-        forks = len(takers) > len(complete)
         try:
+            if self.speculator:
+                self.speculator.draft(plan, self.scheduler)
+            begin = time.perf_counter()
+            rows = [(request, ahead) for request, chunk in plan for ahead in range(chunk.logits)]   # ahead: drafts before it
+            takers = [(sibling, ahead) for request, ahead in rows for sibling in request.siblings]
             logits_BV = self._logits([chunk for _, chunk in plan])
-            if forks:
-                logits_BV = logits_BV[[row for row, request in enumerate(complete) for _ in request.siblings]]
+            if len(takers) > len(rows):
+                logits_BV = logits_BV[[row for row, (request, _) in enumerate(rows) for _ in request.siblings]]
             tokens, errors = choose(logits_BV, takers)
+            now, count = time.perf_counter(), sum(len(chunk.tokens) for _, chunk in plan)
+            kept = range(len(takers))
+            if self.speculator:
+                kept = self.speculator.verify(takers, tokens, count, now - begin)
             for watcher in self.watchers:
-                watcher(plan, takers, tokens, logits_BV)
+                watcher(plan, [takers[b][0] for b in kept], [tokens[b] for b in kept], logits_BV[list(kept)])
         except BaseException:
             self.scheduler.undo(plan)
             raise
 
-        self.steps, now = self.steps + 1, time.perf_counter()
+        self.steps, self.computed_tokens = self.steps + 1, self.computed_tokens + count
+        accepted = Counter(takers[b][0] for b in kept if takers[b][1])
         for request, chunk in plan:
-            request.computed += len(chunk.tokens)
+            drafts = max(0, chunk.logits - 1)
+            request.computed += len(chunk.tokens) - drafts + accepted[request]
             request.output.computed_tokens += len(chunk.tokens)
-            self.computed_tokens += len(chunk.tokens)
-        if forks:
-            for request in complete:
+            request.output.drafted_tokens += drafts
+            self.drafted_tokens += drafts
+        if self.speculator:
+            self.speculator.learn(accepted)
+        for request, chunk in plan:
+            if chunk.logits and len(request.siblings) > 1:
                 self.scheduler.fork(request)
-        for b, (request, token) in enumerate(zip(takers, tokens)):
-            out = request.output
+        for b in kept:
+            (request, ahead), out = takers[b], takers[b][0].output
+            if out.finish_reason:
+                continue   # a draft was its last token
             try:
-                if request in errors:
-                    out.finish_reason, out.error = "error", errors[request]
+                if b in errors:
+                    out.finish_reason, out.error = "error", errors[b]
                 else:
-                    request.append(token, self.config.eos, now)
+                    request.append(tokens[b], self.config.eos, now)
+                    out.accepted_tokens += ahead > 0
+                    self.accepted_tokens += ahead > 0
                     if out.logprobs is not None:
-                        out.logprobs.append(log_probabilities(logits_BV[b], token, request.params.logprobs))
+                        out.logprobs.append(log_probabilities(logits_BV[b], tokens[b], request.params.logprobs))
             except Exception as error:   # it ends alone
                 out.finish_reason, out.error = "error", describe(error)
             if out.finish_reason:
+                self.pool.commit(request.table, request.tokens, min(request.computed, len(request.tokens)))
                 self._drop(request)
             self.grown[out] = None
 
     def _logits(self, chunks: list[Chunk]) -> Tensor:
         """float32 [rows that want logits, V], in the order of the chunks."""
-        self.pool.upload()
-        if self.graphs and Graphs.fit(chunks):
-            return self.graphs.replay(self.graphs.batch(chunks))[:len(chunks)]
-        return self.forward(self._batch(chunks))
-
-    def _batch(self, chunks: list[Chunk]) -> Batch:
-        return make_batch(chunks, self.pool.block_size, self.device, self.pool.block_tables_UM)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """The model's logits of a batch. It works on as many threads as the step can keep busy."""
-        with single_thread(len(batch.tokens_T) * self.config.I * self.config.E < SINGLE_THREAD):
-            return self.model(batch, self.pool)
+        return self.runner(chunks)
 
     @uninterrupted
     def abort(self, request_id: int):
@@ -505,10 +533,12 @@ class LLM:
 
     def stats(self) -> dict[str, int]:
         """What the engine has done so far, and how things stand: tokens run by the model, tokens whose K and V were
-        there already, preemptions; requests running and waiting; blocks of the pool by state."""
+        there already, preemptions, tokens guessed and tokens that came without a step of their own, as a guess was
+        right; requests running and waiting; blocks of the pool by state."""
         pool, scheduler = self.pool, self.scheduler
         return dict(steps=self.steps, computed_tokens=self.computed_tokens, reused_tokens=scheduler.reused_tokens,
-                    preemptions=scheduler.preemptions, running=len(scheduler.running), waiting=len(scheduler.waiting),
+                    preemptions=scheduler.preemptions, drafted_tokens=self.drafted_tokens,
+                    accepted_tokens=self.accepted_tokens, running=len(scheduler.running), waiting=len(scheduler.waiting),
                     blocks=pool.num_blocks, blocks_referenced=pool.num_referenced, blocks_cached=len(pool.cached),
                     blocks_free=len(pool.free))
 
@@ -592,8 +622,7 @@ class LLM:
         try:
             for start in range(0, len(tokens), self.scheduler.max_batched_tokens):
                 chunk = tokens[start:start + self.scheduler.max_batched_tokens]
-                self.pool.upload()
-                rows.append(self.forward(self._batch([Chunk(chunk, start, table.blocks, len(chunk), table.row)])))
+                rows.append(self.runner.directly([Chunk(chunk, start, table.blocks, len(chunk), table.row)]))
         finally:
             self.pool.release(table)
         return torch.cat(rows)

@@ -40,30 +40,44 @@ class BlockTable:
     blocks: list[int] = field(default_factory=list)
     row: int = -1          # where the device holds a copy of `blocks`; -1: it has none yet
     known: int = 0         # blocks that `match` found or `commit` offered to the index
+    drafted: int = 0       # tokens whose K and V a draft model has computed, too (speculate.py)
     digests: list[bytes] = field(default_factory=list)   # names of full blocks, worked out once and kept for good
 
 
-class KVPool:
-    """N blocks of S token slots for every layer and KV head, and who holds which.
+class KVMemory:
+    """What is in the blocks: N blocks of S token slots for every layer and KV head of a model.
 
-    k_LKNSD and v_LKNSD are the memory: layer, KV head, block, offset, head size. With heads outside
-    blocks, one block of one head is contiguous. The memory starts uninitialised: what no request has
-    written, no request reads. With dtype int8 there is a float32 scale for every token and head beside them,
-    k_scale_LKNS and v_scale_LKNS: a number is its byte times its scale (kernels.py says how they are made). `memory`
-    is all of these tensors; [:, :, block] of each is what a block holds. block_tables_UM is what the device sees of the
-    tables in use, of which there may be `max_tables` of `max_blocks` each; `upload` brings it up to date with the few
-    entries that have changed.
+    k_LKNSD and v_LKNSD: layer, KV head, block, offset, head size. With heads outside blocks, one block of one head is
+    contiguous. The memory starts uninitialised: what no request has written, no request reads. With dtype int8 there is
+    a float32 scale for every token and head beside them, k_scale_LKNS and v_scale_LKNS: a number is its byte times its
+    scale (kernels.py says how they are made). `memory` is all of these tensors; [:, :, block] of each is what a block
+    holds.
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, num_blocks: int, block_size: int,
-                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", prefix_cache: bool = True,
-                 max_tables: int = 64, max_blocks: int | None = None):
+                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         shape = layers, kv_heads, num_blocks, block_size
         self.k_LKNSD, self.v_LKNSD = (torch.empty(*shape, head_dim, dtype=dtype, device=device) for _ in "kv")
         self.memory = self.k_LKNSD, self.v_LKNSD
         if dtype == torch.int8:
             self.k_scale_LKNS, self.v_scale_LKNS = (torch.empty(shape, device=device) for _ in "kv")
             self.memory += self.k_scale_LKNS, self.v_scale_LKNS
+
+
+class KVPool(KVMemory):
+    """Blocks, and who holds which.
+
+    block_tables_UM is what the device sees of the tables in use, of which there may be `max_tables` of `max_blocks`
+    each; `upload` brings it up to date with the few entries that have changed. `draft` is the memory of a draft model,
+    in blocks with the same numbers: one table serves both.
+    """
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, num_blocks: int, block_size: int,
+                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", prefix_cache: bool = True,
+                 max_tables: int = 64, max_blocks: int | None = None, draft: KVMemory | None = None):
+        super().__init__(layers, kv_heads, head_dim, num_blocks, block_size, dtype, device)
+        self.draft = draft
+        self.drafted: set[int] = set()                        # blocks that are full in the draft's memory, too
         self.num_blocks, self.block_size, self.prefix_cache = num_blocks, block_size, prefix_cache
         self.references = [0] * num_blocks                    # tables that hold each block
         self.free = FreeBlocks(num_blocks)
@@ -123,7 +137,7 @@ class KVPool:
         """Let an empty table hold all blocks of `table`. Before either writes into the last one: `own_last`."""
         for block in table.blocks:
             self._append(other, block)
-        other.known, other.digests = table.known, list(table.digests)
+        other.known, other.drafted, other.digests = table.known, table.drafted, list(table.digests)
 
     def own_last(self, table: BlockTable) -> bool:
         """Copy on write: make the table's last block its own. Who holds it alone, as the last one does when the others
@@ -135,7 +149,7 @@ class KVPool:
             self.references[shared] -= 1
             table.blocks.pop()
             self._append(table, self._take(shared + 1))
-            for memory in self.memory:
+            for memory in self.memory + (self.draft.memory if self.draft else ()):
                 memory[:, :, table.blocks[-1]] = memory[:, :, shared]
         return True
 
@@ -184,14 +198,16 @@ class KVPool:
                     self.free.add(block)
         if table.row >= 0:
             self.free_rows.append(table.row)
-        table.blocks, table.row = [], -1
+        table.blocks, table.row, table.drafted = [], -1, 0
 
     def _take(self, beside: int) -> int:
         """A block that nobody holds: a free one, best this one; else the one that was cached first: it is forgotten."""
         if self.free:
-            return self.free.take(beside)
-        block, digest = self.cached.popitem(last=False)
-        del self.index[digest], self.digests[block]
+            block = self.free.take(beside)
+        else:
+            block, digest = self.cached.popitem(last=False)
+            del self.index[digest], self.digests[block]
+        self.drafted.discard(block)
         return block
 
     def _digest(self, table: BlockTable, tokens: list[int], i: int) -> bytes:

@@ -333,9 +333,12 @@ def guess_floors(logits_RW: Tensor, ks: list[int], V: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 # Around it: strangers' functions, log-probabilities
 
-def choose(logits_BV: Tensor, requests: list) -> tuple[list[int], dict]:
-    """A token for each request, and what went wrong instead: in its logits_processor, or in the model."""
-    errors, processed_BV = {}, logits_BV
+def choose(logits_BV: Tensor, takers: list[tuple]) -> tuple[list[int], dict[int, str]]:
+    """A token for each row, and what went wrong instead: in a logits_processor, or in the model.
+
+    takers: the request of each row, and how many drafts stand between its last token and the row's place.
+    """
+    errors, processed_BV, requests = {}, logits_BV, [request for request, _ in takers]
     rows = [b for b, request in enumerate(requests) if request.params.logits_processor]
     if rows:
         processed_BV = logits_BV.clone()
@@ -349,12 +352,12 @@ def choose(logits_BV: Tensor, requests: list) -> tuple[list[int], dict]:
             if not processed_BV[b].max().isfinite():
                 raise ValueError("it left no token to choose: the largest logit must be a finite number")
         except Exception as error:   # anything may happen in a stranger's function
-            processed_BV[b], errors[request] = 0.0, f"logits_processor: {describe(error)}"
-    keys, positions = [request.key for request in requests], [len(request.tokens) for request in requests]
+            processed_BV[b], errors[b] = 0.0, f"logits_processor: {describe(error)}"
+    keys, positions = [request.key for request in requests], [len(request.tokens) + ahead for request, ahead in takers]
     tokens = sample(processed_BV, [request.params for request in requests], keys, positions) if requests else []
-    for request, token in zip(requests, tokens):
+    for b, token in enumerate(tokens):
         if token < 0:
-            errors[request] = ("the model's logits are not finite: its weights are damaged, "
+            errors[b] = ("the model's logits are not finite: its weights are damaged, "
                                "or its dtype is too small, so try float32 or bfloat16")
     return tokens, errors
 

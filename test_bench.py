@@ -403,7 +403,7 @@ def test_tps_counts_the_tokens_after_the_first_and_ttft_the_time_from_arrival(lo
     """Tokens at 1, 2 and 3 seconds are 1.0 per second; whoever waits for a place has waited since it came."""
     folder, prompts, _ = lone["llama"]
     llm = LLM(folder, max_seqs=1, device="cpu", dtype="float32")
-    llm.forward = taking(llm.forward, hands, 1)
+    llm.runner.forward = taking(llm.runner.forward, hands, 1)
     params = SamplingParams(max_tokens=3, ignore_eos=True)
     first = llm.requests[llm.add(prompts[0], params)].output
     hands.tick(0.5)
@@ -418,14 +418,14 @@ def test_tps_counts_the_tokens_after_the_first_and_ttft_the_time_from_arrival(lo
 @pytest.mark.parametrize("B, context", [(1, 60), (3, 40)])
 def test_a_decode_is_measured_at_its_context_and_once_it_is_warm(lone, hands, B, context):
     llm = LLM(lone["llama"][0], max_seqs=4, device="cpu", dtype="float32", max_batched_tokens=48)
-    lens, forward = [], llm.forward
+    lens, forward = [], llm.runner.forward
 
     def run(batch):
         lens.append(batch.lens)
         decodes = sum(len(chunk.tokens) == 1 for chunk in batch.chunks) == B == len(batch.chunks)
         hands.tick(2 if decodes and len(lens) % 7 else 90)   # now and then somebody disturbs it
         return forward(batch)
-    llm.forward = run
+    llm.runner.forward = run
     assert bench.decode_seconds(llm, B, context) == 2 and not llm.requests
     counted = lens[-12:]
     assert all(len(step) == B for step in counted) and abs(statistics.mean(sum(counted, [])) - context) <= 2
@@ -439,14 +439,14 @@ def test_a_measurement_whose_requests_end_says_so(lone):
 
 def test_prefill_is_measured_to_the_first_tokens(lone, hands):
     llm, batches = LLM(lone["llama"][0], max_seqs=4, device="cpu", dtype="float32", prefix_cache=False), []
-    llm.forward = taking(llm.forward, hands, lambda batch: batches.append(batch.lens) or 3)
+    llm.runner.forward = taking(llm.runner.forward, hands, lambda batch: batches.append(batch.lens) or 3)
     assert bench.prefill_seconds(llm, 2, 30) == 3 and batches == [[30, 30]]
 
 
 def test_serve_says_where_the_time_of_a_step_goes(monkeypatch, lone, hands):
     """Deciding takes 1 second, the model 7 and choosing 2; while the prompts are read, in many chunks, ten times as much."""
     llm = LLM(lone["llama"][0], device="cpu", dtype="float32", max_batched_tokens=8)
-    llm.forward = taking(llm.forward, hands, lambda batch: 7 if len(batch.tokens_T) == 2 else 70)
+    llm.runner.forward = taking(llm.runner.forward, hands, lambda batch: 7 if len(batch.tokens_T) == 2 else 70)
     monkeypatch.setattr(nanoserve, "choose", taking(nanoserve.choose, hands, lambda logits, requests: 2 if len(requests) == 2 else 20))
     llm.scheduler.schedule = taking(llm.scheduler.schedule, hands, 1)
     assert bench.loop_seconds(llm, 2, 9) == (10, 7, 2)
@@ -457,7 +457,7 @@ def test_sampling_prints_what_choosing_costs_beside_a_step(monkeypatch, hands, c
     costs = {(0, 0, 1): 1, (0.8, 0, 1): 2, (0.8, 50, 1): 3, (0.8, 1000, 1): 4, (0.8, 0, 0.9): 5, (0.8, 1000, 0.9): 6}
     names = ["greedy", "temperature 0.8", "top-k 50", "top-k 1000", "top-p 0.9", "top-k 1000, top-p 0.9"]
     monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
-    monkeypatch.setattr(LLM, "forward", taking(LLM.forward, hands, 10))
+    monkeypatch.setattr(model.ModelRunner, "forward", taking(LLM.forward, hands, 10))
     monkeypatch.setattr(nanoserve, "choose", taking(nanoserve.choose, hands, lambda logits, requests: statistics.mean(
         costs[r.params.temperature, r.params.top_k, r.params.top_p] for r in requests)))
     rows = table("sampling", "--random", "tiny")

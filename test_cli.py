@@ -302,6 +302,7 @@ def test_worked_example_in_the_docstrings_is_true():
 # The house: one trade per room, and imports that point one way
 
 ENGINE = "paged_kv", "batch", "kernels", "model", "nanoserve"
+ON_TOP = "speculate",   # one more idea each; the loop asks them
 STANDS_ON = "device", "linear", "sampling", "checkpoint", "tokenizer"
 AROUND = "roofline", "watch", "cli", "bench"
 
@@ -319,7 +320,7 @@ def imports_of(path):
 
 def test_imports_point_one_way():
     seen = set()
-    for room in (*STANDS_ON, *ENGINE, *AROUND):   # each imports only those before it
+    for room in (*STANDS_ON, *ENGINE[:-1], *ON_TOP, *ENGINE[-1:], *AROUND):   # each imports only those before it
         found = imports_of(HERE / f"{room}.py")
         assert found <= seen, (room, found - seen)
         seen.add(room)
@@ -331,6 +332,6 @@ def test_imports_point_one_way():
 def test_rooms_stay_small():
     lines = {file.stem: file.read_text().count("\n") for file in HERE.glob("*.py")}
     assert sum(lines[room] for room in ENGINE) <= 2000
-    assert all(lines[room] <= 650 for room in (*ENGINE, *STANDS_ON, *AROUND) if room != "bench")
-    for room in (*ENGINE, *STANDS_ON, *AROUND):
+    assert all(lines[room] <= 650 for room in (*ENGINE, *ON_TOP, *STANDS_ON, *AROUND) if room != "bench")
+    for room in (*ENGINE, *ON_TOP, *STANDS_ON, *AROUND):
         assert all(len(line) <= 120 for line in (HERE / f"{room}.py").read_text().split("\n")), room

@@ -105,7 +105,7 @@ def test_a_small_step_takes_one_thread_and_gives_the_others_back(tmp_path, monke
         threads.append(torch.get_num_threads())
         return model(batch, pool)
     llm.model = watched
-    monkeypatch.setattr(nanoserve, "SINGLE_THREAD", 9 * products)
+    monkeypatch.setattr("model.SINGLE_THREAD", 9 * products)
     torch.set_num_threads(3)
     try:
         for tokens in (1, 8, 9, 20):

@@ -169,6 +169,11 @@ class Tokenizer:
                 ids.append(found)
         return [*ids, *self.after]
 
+    @property
+    def words(self) -> dict[int, bytes]:
+        """The vocabulary, without control tokens."""
+        return {i: word for i, word in self.bytes_of.items() if i not in self.special}
+
     def _words(self, text: str) -> list[str]:
         pieces = [text] if text else []
         for split in self.splits:
@@ -202,6 +207,11 @@ class ForeignTokenizer:
 
     def __init__(self, inner):   # the package's own Tokenizer
         self.inner = inner
+
+    @property
+    def words(self) -> dict[int, str]:
+        """The vocabulary, without what was added to it."""
+        return {i: word for word, i in self.inner.get_vocab(with_added_tokens=False).items()}
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         self.inner.encode_special_tokens = not special

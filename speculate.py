@@ -1,0 +1,321 @@
+"""Guess, then verify: speculative decoding. (Read nanoserve.py up to the scheduler first.)
+
+A decode step reads every weight for one token of a request; a step of five tokens reads the same bytes. So somebody cheap
+guesses what comes next, and the model verifies all guesses in one step (Leviathan et al. 2023; Chen et al. 2023):
+
+    text so far     The cat sat by the door all
+    drafts                                       morning  .  The  dog          guessed, 4 of them
+    one step runs                            all morning  .  The  dog          5 tokens
+    the model takes                      morning       .  The  cat  ...        a token after each of them
+                                                                |
+    The first three drafts are what the model takes, so " cat" is what it takes after them: 4 tokens in one step. " dog" is
+    not: what the step computed behind it is forgotten, and its slot in the KV pool is written over by the next step.
+
+Nothing but the time changes. A token is a pure function of logits, seed and position (sampling.py), also at temperatures
+above 0; so a draft is right if it is the very token that the model takes at its place, and the text is the same token for
+token, whoever drafts. A draft model holds the race with the model's own noise, so that what is likely for both mostly wins
+both times (Daliri, Musco and Suresh 2025).
+
+Two kinds of drafters are here. `NgramDrafter` looks for the last few tokens earlier in the text, and proposes what followed
+them there. `DraftModel` asks a smaller model, which keeps its K and V in blocks with the same numbers as the model's: one
+block table serves both. `Speculator` stands between a drafter and the loop. It decides how many drafts pay.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+
+import kernels
+from batch import Chunk
+from checkpoint import Config, load_weights, random_weights, read_config
+from model import Model, ModelRunner
+from paged_kv import KVPool
+from sampling import sample
+from tokenizer import load_tokenizer
+
+
+# ---------------------------------------------------------------------------------------------
+# How many drafts pay
+
+WEIGHT, HOPE = 0.2, 0.002   # of a new trial in a chance; what a chance gains in a step that does not try it
+FADE = 0.999                # what a measured time is worth a step later
+
+
+class Speculator:
+    """Adds drafts to the decodes of a step, and says which tokens count when the step has run.
+
+    The rule. Draft n of a request is right with probability chance^n, where its chance follows what was accepted lately
+    (a moving average). Drafts are taken in the order of their probability, up to where tokens per second are most:
+
+        tokens     one for each request, plus the probabilities
+        seconds    a decode step, plus what more rows add to it, plus a pass of the draft model for each draft in a row
+
+    Both times are measured while it runs (`Times`). So the number of drafts follows the text, the batch and the machine,
+    down to none. To notice that a text has become predictable, a chance that is not tried grows by HOPE a step until it is
+    tried. If trying costs x of a step, it is tried when the chance is about x. A failure takes WEIGHT * x off it, which
+    comes back in WEIGHT * x / HOPE steps. So trying costs HOPE / WEIGHT = 1% of the time, however large x is.
+    """
+
+    def __init__(self, drafter: NgramDrafter | DraftModel, most: int):
+        """most: drafts per request and step."""
+        self.drafter, self.most = drafter, most
+        self.seconds = Times()                  # of the model's step by its number of tokens
+        self.usual = 0.7                        # the chance with which a new request begins: that of the last trials
+        self.chances = WeakKeyDictionary()      # Request -> chance
+        self.drafts = {}                        # Request -> its drafts in this step
+        self.offered = []                       # requests that could have had drafts in this step
+
+    def draft(self, plan: list[tuple], scheduler):
+        """Put drafts behind the last tokens of requests that decode: what is left of the token budget, into blocks that
+        nobody else needs. Their chunks then want logits for each of their tokens."""
+        self.drafts = {}
+        decodes = [(request, chunk) for request, chunk in plan if len(chunk.tokens) == chunk.logits == len(request.siblings)]
+        rooms = [0 if request.params.logits_processor else min(self.most, request.max_length - len(request.tokens) - 1)
+                 for request, _ in decodes]
+        requests = [request for request, _ in decodes]
+        offers = self.drafter.offers(requests, rooms)
+        self.offered = [request for request, offer in zip(requests, offers) if offer]
+        if not self.offered:
+            return
+        rows = sum(len(chunk.tokens) for _, chunk in plan)
+        budget, counts = scheduler.max_batched_tokens - rows, self.worthwhile(requests, offers, rows)
+        for b, request in enumerate(requests):
+            counts[b] = scheduler.make_room(request, min(counts[b], budget))
+            budget -= counts[b]
+        for (request, chunk), drafts in zip(decodes, self.drafter.guess(requests, counts)):
+            if drafts:
+                self.drafts[request] = drafts
+                chunk.tokens, chunk.logits = chunk.tokens + drafts, 1 + len(drafts)
+        plan.sort(key=lambda entry: len(entry[1].tokens))
+
+    def worthwhile(self, requests: list, offers: list[int], rows: int) -> list[int]:
+        """How many of the offered drafts to take for each request, in a step that runs so many tokens without them."""
+        tokens, seconds = len(requests), self.seconds(len(requests))
+        if not seconds:
+            return list(offers)
+        a_pass, without = self.drafter.seconds(len(requests)), self.seconds(rows)
+        drafts = sorted((-self.chances.get(request, self.usual) ** n, n, b)
+                        for b, (request, offer) in enumerate(zip(requests, offers)) for n in range(1, offer + 1))
+        best, best_count, deepest = tokens / seconds, 0, 0
+        for count, (probability, n, _) in enumerate(drafts, 1):
+            tokens, deepest = tokens - probability, max(deepest, n)
+            speed = tokens / (seconds + self.seconds(rows + count) - without + deepest * a_pass)
+            if speed >= best:
+                best, best_count = speed, count
+        counts = [0] * len(requests)
+        for _, _, b in drafts[:best_count]:
+            counts[b] += 1
+        return counts
+
+    def verify(self, takers: list[tuple], tokens: list[int], rows: int, seconds: float) -> list[int]:
+        """Which of a step's tokens count: a request's first, and each one after a draft that is what the model takes.
+
+        takers: the request of each token, and how many drafts are before it. rows, seconds: what the step ran, how long.
+        """
+        kept, right = [], True
+        for row, (request, ahead) in enumerate(takers):
+            right = ahead == 0 or right and tokens[row - 1] == self.drafts[request][ahead - 1]
+            if right:
+                kept.append(row)
+        self.seconds.add(rows, seconds)
+        return kept
+
+    def learn(self, accepted: dict):
+        """After the step. accepted: Request -> how many of its drafts were right."""
+        self.drafter.keep()
+        for request in self.offered:
+            chance, drafts = self.chances.get(request, self.usual), len(self.drafts.get(request, ()))
+            right = accepted.get(request, 0)
+            for success in [1.0] * right + [0.0] * (right < drafts):
+                chance += WEIGHT * (success - chance)
+                self.usual += WEIGHT * (success - self.usual)
+            self.chances[request] = chance if drafts else min(1.0, chance + HOPE)
+        if self.offered and not self.drafts:
+            self.usual = min(1.0, self.usual + HOPE)
+
+
+class Times:
+    """How long a step takes by its number of tokens: the median of the last five of about that size.
+
+    The first step of a size does not count, as it compiles, records a graph or touches memory for the first time. A size
+    that was not seen three times is between its neighbours; beyond the largest one it costs no more than that: so it is
+    tried. What is not measured again fades, so that it is tried again one day.
+    """
+
+    def __init__(self):
+        self.steps = 0
+        self.recent: dict[int, deque[float]] = {}
+        self.measured: dict[int, int] = {}   # size -> in which step
+
+    def add(self, rows: int, seconds: float):
+        self.steps += 1
+        size = about(rows)
+        if size in self.recent:
+            fade = FADE ** (self.steps - self.measured[size] - 1)
+            self.recent[size] = deque([old * fade for old in self.recent[size]] + [seconds], maxlen=5)
+        else:
+            self.recent[size] = deque(maxlen=5)
+        self.measured[size] = self.steps
+
+    def __call__(self, rows: int) -> float:
+        """Seconds; 0.0 if nothing is known."""
+        size = about(rows)
+        known = [other for other, recent in self.recent.items() if len(recent) >= 3]
+        below = max((other for other in known if other <= size), default=0)
+        above = min((other for other in known if other >= size), default=0)
+        low, high = self._at(below or above), self._at(above or below)
+        return low + (high - low) * (size - below) / (above - below) if below < size < above else low
+
+    def _at(self, size: int) -> float:
+        if not size:
+            return 0.0
+        return sorted(self.recent[size])[len(self.recent[size]) // 2] * FADE ** (self.steps - self.measured[size])
+
+
+def about(rows: int) -> int:
+    """A number of rows without its digits behind the third binary one: 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ..."""
+    step = 1 << max(0, rows.bit_length() - 3)
+    return rows // step * step
+
+
+# ---------------------------------------------------------------------------------------------
+# Drafts from the text
+
+class NgramDrafter:
+    """Proposes what followed the last few tokens where they stood before, in prompt or answer (prompt lookup, Saxena 2023).
+
+    It costs a few dictionary look-ups per token, and pays where an answer repeats its prompt: quotations, code, summaries.
+    """
+    SIZES = 4, 3, 2   # the longest n-gram that is found decides
+
+    def __init__(self):
+        self.seconds = lambda rows: 0.0
+        self.places = WeakKeyDictionary()   # Request -> (n-gram -> the place behind its last occurrence, tokens seen)
+        self.found = []
+
+    def offers(self, requests: list, rooms: list[int]) -> list[int]:
+        """How many drafts each request could have; no more than its room."""
+        self.found = [self.look_up(request, room) if room > 0 else [] for request, room in zip(requests, rooms)]
+        return list(map(len, self.found))
+
+    def guess(self, requests: list, counts: list[int]) -> list[list[int]]:
+        """So many drafts for each request."""
+        return [drafts[:count] for drafts, count in zip(self.found, counts)]
+
+    def keep(self):
+        """After the step: nothing, as it has no K and V."""
+
+    def look_up(self, request, room: int) -> list[int]:
+        tokens = request.tokens
+        places, seen = self.places.setdefault(request, ({}, [1]))
+        for place in range(seen[0], len(tokens)):   # a token stands there, so what ends before it has been followed
+            for n in self.SIZES:
+                if n <= place:
+                    places[tuple(tokens[place - n:place])] = place
+        seen[0] = len(tokens)
+        for n in self.SIZES:
+            if place := places.get(tuple(tokens[-n:]), 0) if n <= len(tokens) else 0:
+                period = len(tokens) - place   # where the text ends, go on with the drafts themselves
+                return [tokens[place + i % period] for i in range(room)]
+        return []
+
+
+# ---------------------------------------------------------------------------------------------
+# Drafts from a smaller model
+
+class DraftModel:
+    """A smaller model with the same vocabulary, which writes ahead.
+
+    Its K and V are in `pool.draft`, in the blocks of the model's tables. It reads a prompt when its request begins to
+    decode, in chunks of the token budget, so drafts begin a little later than the text. `table.drafted` says how far it
+    is. It may fall behind while drafts do not pay, and catches up when they do. A block of a prefix hit has the draft's K
+    and V if it is in `pool.drafted`; if not, one of those who share it computes them.
+    """
+
+    def __init__(self, model: Model, pool: KVPool, max_batched_tokens: int, cuda_graphs: bool):
+        self.runner = ModelRunner(model, pool.draft, pool, cuda_graphs)
+        self.pool, self.max_batched_tokens, self.context = pool, max_batched_tokens, model.config.context
+        self.seconds = Times()   # of a pass by its number of tokens
+        self.reached = {}        # Request -> the end of what was run in this step
+
+    def offers(self, requests: list, rooms: list[int]) -> list[int]:
+        """How many drafts each request could have: its room, within the draft model's own context."""
+        return [max(0, min(room, self.context - len(request.tokens))) for request, room in zip(requests, rooms)]
+
+    def guess(self, requests: list, counts: list[int]) -> list[list[int]]:
+        """Up to so many drafts for each request: one pass for what the draft has not seen yet and the first draft, then
+        a pass for each further one."""
+        S, budget, writing = self.pool.block_size, self.max_batched_tokens, set()
+        drafts, chunks, self.reached = {request: [] for request in requests}, [], {}
+        for request, count in zip(requests, counts):
+            table = request.table
+            while count and table.drafted % S == 0 and table.blocks[table.drafted // S] in self.pool.drafted:
+                table.drafted += S
+            tokens = request.tokens[table.drafted:table.drafted + budget]
+            blocks = table.blocks[table.drafted // S:self.pool.blocks_for(table.drafted + len(tokens))]
+            if count and tokens and writing.isdisjoint(blocks):   # else another is about to write the same
+                last = table.drafted + len(tokens) == len(request.tokens)
+                chunks.append((request, Chunk(tokens, table.drafted, table.blocks, int(last), table.row)))
+                writing.update(blocks)
+                budget -= len(tokens)
+        wanted = dict(zip(requests, counts))
+        while chunks:
+            chunks = self.run(chunks, drafts)
+            chunks = [(request, Chunk(drafts[request][-1:], self.reached[request], request.table.blocks, 1, request.table.row))
+                      for request in chunks if len(drafts[request]) < wanted[request]]
+        return list(drafts.values())
+
+    def run(self, chunks: list[tuple], drafts: dict) -> list:
+        """One pass. The requests that have got a draft."""
+        begin = time.perf_counter()
+        chunks.sort(key=lambda entry: len(entry[1].tokens))
+        logits_BV = self.runner([chunk for _, chunk in chunks])
+        takers = [request for request, chunk in chunks if chunk.logits]
+        positions = [len(request.tokens) + len(drafts[request]) for request in takers]
+        tokens = sample(logits_BV, [request.params for request in takers], [request.key for request in takers],
+                        positions) if takers else []
+        for request, chunk in chunks:
+            self.reached[request] = chunk.start + len(chunk.tokens)
+        for request, token in zip(takers, tokens):
+            if token >= 0:   # else the draft model's logits are not finite
+                drafts[request].append(token)
+        self.seconds.add(sum(len(chunk.tokens) for _, chunk in chunks), time.perf_counter() - begin)
+        return [request for request, token in zip(takers, tokens) if token >= 0]
+
+    def keep(self):
+        """After the step: of what the draft has run, that remains which the model has accepted."""
+        S = self.pool.block_size
+        for request, reached in self.reached.items():
+            table, before = request.table, request.table.drafted
+            table.drafted = min(reached, request.computed)
+            self.pool.drafted.update(table.blocks[before // S:table.drafted // S])
+
+
+def load_draft(folder: str | Path | Config, config: Config, tokenizer, device: torch.device, dtype: torch.dtype,
+               attention: str, block_size: int, quantization: str | None) -> Model:
+    """The draft model of a folder (or of a Config, with random weights) beside a model of this config and tokenizer.
+
+    Raises ValueError, in one sentence, for what does not exist, cannot run or has another vocabulary.
+    """
+    here = isinstance(folder, Config)
+    if not here and not Path(folder).is_dir():
+        raise ValueError(f"speculative_model {str(folder)!r} does not exist: use ngram, or the folder of a smaller model "
+                         "with the same vocabulary")
+    try:
+        c = folder if here else read_config(Path(folder))
+        kernels.check(attention, device, dtype, c.H, c.K, c.D, block_size)
+        other = None if here else load_tokenizer(Path(folder))
+        if c.V != config.V or tokenizer and other and tokenizer.words != other.words:
+            size = f"{c.V} tokens and the model's has {config.V}" if c.V != config.V else "other words than the model's"
+            raise ValueError(f"its vocabulary has {size}: take a draft model with the same vocabulary")
+        quantization = None if c.stored else quantization
+        weights = (random_weights(c, device, dtype, quantization) if here else
+                   load_weights(Path(folder), c, device, dtype, quantization))
+    except ValueError as error:
+        raise ValueError(f"speculative_model {'' if here else folder}: {error}") from None
+    return Model(c, weights, attention)
