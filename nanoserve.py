@@ -287,8 +287,8 @@ class LLM:
     kv_cache_dtype: "auto" keeps K and V as the model computes them; "int8" in a byte a number and a scale per token and
     KV head, in a half to nearly a quarter of the memory. quantization: "int8" or "fp8" brings the weights into 8 bits
     while they are loaded.
-    speculative_model: who guesses tokens for the model to verify, "ngram" or the folder of a smaller model with the same
-    vocabulary; num_speculative_tokens: how many in a step at most.
+    speculative_model: who guesses tokens for the model to verify, "ngram" or the folder of a smaller model with the
+    same vocabulary; num_speculative_tokens: how many of a request in a step, at most.
     cuda_graphs: whether decode steps are replayed; None: wherever attention is "triton" on a GPU. weights: those of
     another LLM of the same model, to share; None: they are read.
     Raises ValueError, in one sentence, for what does not exist or does not fit.
@@ -357,8 +357,8 @@ class LLM:
 
     def _make_pool(self, block_size: int, num_blocks: int | None, max_seqs: int, prefix_cache: bool,
                    draft: Config | None) -> KVPool:
-        """The pool: room for max_seqs full contexts, or for as much of them as memory allows. draft: of the draft model,
-        whose K and V lie in blocks of their own with the same numbers."""
+        """The pool: room for max_seqs full contexts, or for as much of them as memory allows. draft: of the draft
+        model, whose K and V lie in blocks of their own with the same numbers."""
         c, int8, dtype = self.config, self.kv_cache_dtype == "int8", DTYPES[self.dtype]
         full, block_bytes = -(-c.context // block_size), 0
         for m in (c, draft) if draft else (c,):
@@ -453,14 +453,14 @@ class LLM:
         """Logits for the plan, tokens from the logits, and then, when nothing can fail any more, the books.
 
         A prompt with n = 3 is the last piece of its prompt in this step, another request decodes with two drafts, and a
-        third is in the middle of its prompt: then there are 1 + 3 rows of logits, and 3 + 3 takers. Of the last three the
-        first counts, and those after drafts that are right.
+        third is in the middle of its prompt: then there are 1 + 3 rows of logits, and 3 + 3 takers. Of the last three
+        the first counts, and those behind drafts that are right.
         """
         try:
             if self.speculator:
                 self.speculator.draft(plan, self.scheduler)
             begin = time.perf_counter()
-            rows = [(request, ahead) for request, chunk in plan for ahead in range(chunk.logits)]   # ahead: drafts before it
+            rows = [(request, ahead) for request, chunk in plan for ahead in range(chunk.logits)]   # ahead: of so many
             takers = [(sibling, ahead) for request, ahead in rows for sibling in request.siblings]
             logits_BV = self._logits([chunk for _, chunk in plan])
             if len(takers) > len(rows):
@@ -538,9 +538,9 @@ class LLM:
         pool, scheduler = self.pool, self.scheduler
         return dict(steps=self.steps, computed_tokens=self.computed_tokens, reused_tokens=scheduler.reused_tokens,
                     preemptions=scheduler.preemptions, drafted_tokens=self.drafted_tokens,
-                    accepted_tokens=self.accepted_tokens, running=len(scheduler.running), waiting=len(scheduler.waiting),
-                    blocks=pool.num_blocks, blocks_referenced=pool.num_referenced, blocks_cached=len(pool.cached),
-                    blocks_free=len(pool.free))
+                    accepted_tokens=self.accepted_tokens, running=len(scheduler.running),
+                    waiting=len(scheduler.waiting), blocks=pool.num_blocks, blocks_referenced=pool.num_referenced,
+                    blocks_cached=len(pool.cached), blocks_free=len(pool.free))
 
     # --- whole prompts
 

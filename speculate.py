@@ -1,24 +1,24 @@
 """Guess, then verify: speculative decoding. (Read nanoserve.py up to the scheduler first.)
 
-A decode step reads every weight for one token of a request; a step of five tokens reads the same bytes. So somebody cheap
-guesses what comes next, and the model verifies all guesses in one step (Leviathan et al. 2023; Chen et al. 2023):
+A decode step reads every weight for one token of a request; a step of five tokens reads the same bytes. So somebody
+cheap guesses what comes next, and the model verifies all guesses in one step (Leviathan et al. 2023; Chen et al. 2023):
 
-    text so far     The cat sat by the door all
-    drafts                                       morning  .  The  dog          guessed, 4 of them
-    one step runs                            all morning  .  The  dog          5 tokens
-    the model takes                      morning       .  The  cat  ...        a token after each of them
-                                                                |
-    The first three drafts are what the model takes, so " cat" is what it takes after them: 4 tokens in one step. " dog" is
-    not: what the step computed behind it is forgotten, and its slot in the KV pool is written over by the next step.
+    text so far           The cat sat by the door all
+    drafts                                             morning   .   The   dog      guessed
+    the step runs                                 all  morning   .   The   dog      5 tokens of one request
+    the model takes                           morning        .  The    cat  ...     a token after each of them
 
-Nothing but the time changes. A token is a pure function of logits, seed and position (sampling.py), also at temperatures
-above 0; so a draft is right if it is the very token that the model takes at its place, and the text is the same token for
-token, whoever drafts. A draft model holds the race with the model's own noise, so that what is likely for both mostly wins
-both times (Daliri, Musco and Suresh 2025).
+The first three drafts are what the model takes, so " cat" is what it takes after them: four tokens in one step. " dog"
+is refused. What the step computed behind it is forgotten, and the next step writes over its slot in the KV pool.
 
-Two kinds of drafters are here. `NgramDrafter` looks for the last few tokens earlier in the text, and proposes what followed
-them there. `DraftModel` asks a smaller model, which keeps its K and V in blocks with the same numbers as the model's: one
-block table serves both. `Speculator` stands between a drafter and the loop. It decides how many drafts pay.
+Nothing but the time changes. A token is a pure function of logits, seed and position (sampling.py), also at
+temperatures above 0. So a draft is right if it is the very token that the model takes in its place, and the text is the
+same token for token, whoever drafts. A draft model uses the model's own noise, and mostly wins or loses with it: what
+is likely for both is taken by both (Daliri, Musco and Suresh 2025).
+
+There are two kinds of drafters. `NgramDrafter` looks for the last few tokens earlier in the text, and proposes what
+followed them there. `DraftModel` asks a smaller model, which keeps its K and V in blocks with the same numbers as the
+model's: one block table serves both. `Speculator` stands between a drafter and the loop, and decides how many drafts pay.
 """
 
 from __future__ import annotations
@@ -47,18 +47,19 @@ FADE = 0.999                # what a measured time is worth a step later
 
 
 class Speculator:
-    """Adds drafts to the decodes of a step, and says which tokens count when the step has run.
+    """Adds drafts to the decodes of a step, and says which of its tokens count when it has run.
 
-    The rule. Draft n of a request is right with probability chance^n, where its chance follows what was accepted lately
-    (a moving average). Drafts are taken in the order of their probability, up to where tokens per second are most:
+    The rule. Draft n of a request is right with probability chance ** n, where the chance is a moving average of what
+    was right lately. Drafts are taken in the order of their probability, as many as make the speed largest:
 
-        tokens     one for each request, plus the probabilities
-        seconds    a decode step, plus what more rows add to it, plus a pass of the draft model for each draft in a row
+        tokens     one for each request, plus the probabilities of the drafts
+        seconds    a decode step, plus what the drafts' rows add to it, plus the passes of the draft model
+        speed      tokens / seconds
 
-    Both times are measured while it runs (`Times`). So the number of drafts follows the text, the batch and the machine,
-    down to none. To notice that a text has become predictable, a chance that is not tried grows by HOPE a step until it is
-    tried. If trying costs x of a step, it is tried when the chance is about x. A failure takes WEIGHT * x off it, which
-    comes back in WEIGHT * x / HOPE steps. So trying costs HOPE / WEIGHT = 1% of the time, however large x is.
+    The times are measured as steps run (`Times`). So the number of drafts follows the text, the batch and the machine,
+    down to none. To notice that a text has become easy, a chance grows by HOPE in each step that does not try it. If a
+    try costs x of a step, it is made when the chance is about x. Its failure takes WEIGHT * x off the chance, which
+    needs WEIGHT * x / HOPE steps to come back. So tries cost HOPE / WEIGHT = 1% of the time, however large x is.
     """
 
     def __init__(self, drafter: NgramDrafter | DraftModel, most: int):
@@ -71,10 +72,11 @@ class Speculator:
         self.offered = []                       # requests that could have had drafts in this step
 
     def draft(self, plan: list[tuple], scheduler):
-        """Put drafts behind the last tokens of requests that decode: what is left of the token budget, into blocks that
-        nobody else needs. Their chunks then want logits for each of their tokens."""
+        """Put drafts behind the last tokens of requests that decode. They take what is left of the token budget, and
+        blocks that nobody else needs. Such a chunk wants logits for each of its tokens."""
         self.drafts = {}
-        decodes = [(request, chunk) for request, chunk in plan if len(chunk.tokens) == chunk.logits == len(request.siblings)]
+        decodes = [(request, chunk) for request, chunk in plan
+                   if len(chunk.tokens) == 1 and chunk.logits and len(request.siblings) == 1]
         rooms = [0 if request.params.logits_processor else min(self.most, request.max_length - len(request.tokens) - 1)
                  for request, _ in decodes]
         requests = [request for request, _ in decodes]
@@ -115,7 +117,8 @@ class Speculator:
     def verify(self, takers: list[tuple], tokens: list[int], rows: int, seconds: float) -> list[int]:
         """Which of a step's tokens count: a request's first, and each one after a draft that is what the model takes.
 
-        takers: the request of each token, and how many drafts are before it. rows, seconds: what the step ran, how long.
+        takers: the request of each token, and how many drafts are before it. rows, seconds: tokens that the step ran,
+        and its time.
         """
         kept, right = [], True
         for row, (request, ahead) in enumerate(takers):
@@ -140,11 +143,11 @@ class Speculator:
 
 
 class Times:
-    """How long a step takes by its number of tokens: the median of the last five of about that size.
+    """How long a step takes by its number of tokens: the median of the last five steps of about that size.
 
-    The first step of a size does not count, as it compiles, records a graph or touches memory for the first time. A size
-    that was not seen three times is between its neighbours; beyond the largest one it costs no more than that: so it is
-    tried. What is not measured again fades, so that it is tried again one day.
+    The first step of a size does not count: it compiles, records a graph or touches memory for the first time. A size
+    that was seen less often than three times lies between its neighbours. Beyond the largest, a step takes no longer
+    than that: so it is tried. What is not measured again fades, so that it is tried again one day.
     """
 
     def __init__(self):
@@ -178,7 +181,7 @@ class Times:
 
 
 def about(rows: int) -> int:
-    """A number of rows without its digits behind the third binary one: 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ..."""
+    """The number to three binary digits: 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ..."""
     step = 1 << max(0, rows.bit_length() - 3)
     return rows // step * step
 
@@ -187,9 +190,9 @@ def about(rows: int) -> int:
 # Drafts from the text
 
 class NgramDrafter:
-    """Proposes what followed the last few tokens where they stood before, in prompt or answer (prompt lookup, Saxena 2023).
+    """Proposes what followed the last few tokens where they stood before, in prompt or answer (Saxena 2023).
 
-    It costs a few dictionary look-ups per token, and pays where an answer repeats its prompt: quotations, code, summaries.
+    It costs a few look-ups per token, and pays where an answer repeats its prompt: quotations, code, summaries.
     """
     SIZES = 4, 3, 2   # the longest n-gram that is found decides
 
@@ -231,11 +234,11 @@ class NgramDrafter:
 class DraftModel:
     """A smaller model with the same vocabulary, which writes ahead.
 
-    Its K and V are in `pool.draft`, in the blocks of the model's tables. It reads a prompt when its request begins to
-    decode, in chunks of the token budget, so drafts begin a little later than the text. `table.drafted` says how far it
-    is. It may fall behind while drafts do not pay, and catches up when they do. A block of a prefix hit has the draft's K
-    and V if it is in `pool.drafted`; if not, one of those who share it computes them.
-    """
+    Its K and V are in `pool.draft`, in the blocks of the model's tables. `table.drafted` says how many tokens of a
+    request it has read. It reads a prompt when the request begins to decode, in chunks of the token budget, so drafts
+    begin a little later than the text. It falls behind while drafts do not pay, and catches up when they do. A block
+    that others computed has the draft's K and V if it is in `pool.drafted`; if not, one of those who share it computes
+    them. """
 
     def __init__(self, model: Model, pool: KVPool, max_batched_tokens: int, cuda_graphs: bool):
         self.runner = ModelRunner(model, pool.draft, pool, cuda_graphs)
@@ -265,9 +268,9 @@ class DraftModel:
                 budget -= len(tokens)
         wanted = dict(zip(requests, counts))
         while chunks:
-            chunks = self.run(chunks, drafts)
-            chunks = [(request, Chunk(drafts[request][-1:], self.reached[request], request.table.blocks, 1, request.table.row))
-                      for request in chunks if len(drafts[request]) < wanted[request]]
+            again = [request for request in self.run(chunks, drafts) if len(drafts[request]) < wanted[request]]
+            chunks = [(request, Chunk(drafts[request][-1:], self.reached[request], request.table.blocks,
+                                      row=request.table.row)) for request in again]
         return list(drafts.values())
 
     def run(self, chunks: list[tuple], drafts: dict) -> list:
@@ -304,8 +307,8 @@ def load_draft(folder: str | Path | Config, config: Config, tokenizer, device: t
     """
     here = isinstance(folder, Config)
     if not here and not Path(folder).is_dir():
-        raise ValueError(f"speculative_model {str(folder)!r} does not exist: use ngram, or the folder of a smaller model "
-                         "with the same vocabulary")
+        raise ValueError(f"speculative_model {str(folder)!r} does not exist: use ngram, or the folder of a smaller "
+                         "model with the same vocabulary")
     try:
         c = folder if here else read_config(Path(folder))
         kernels.check(attention, device, dtype, c.H, c.K, c.D, block_size)

@@ -99,19 +99,19 @@ def test_the_engine_takes_the_dtype_that_was_chosen(tmp_path, monkeypatch):
 def test_a_small_step_takes_one_thread_and_gives_the_others_back(tmp_path, monkeypatch):
     write_checkpoint(tmp_path, LLAMA, tensors_of(LLAMA))
     llm, threads, before = LLM(tmp_path, device="cpu"), [], torch.get_num_threads()
-    model, products = llm.model, LLAMA["intermediate_size"] * LLAMA["hidden_size"]
+    run, products = type(llm.model).__call__, LLAMA["intermediate_size"] * LLAMA["hidden_size"]
 
-    def watched(batch, pool):
+    def watched(model, batch, pool):
         threads.append(torch.get_num_threads())
-        return model(batch, pool)
-    llm.model = watched
+        return run(model, batch, pool)
+    monkeypatch.setattr("model.Model.__call__", watched)
     monkeypatch.setattr("model.SINGLE_THREAD", 9 * products)
     torch.set_num_threads(3)
     try:
         for tokens in (1, 8, 9, 20):
             llm.generate([[1] * tokens], SamplingParams(max_tokens=1))
             assert torch.get_num_threads() == 3
-        llm.model = lambda batch, pool: 1 / 0
+        monkeypatch.setattr("model.Model.__call__", lambda model, batch, pool: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             llm.generate([[1]])
         assert torch.get_num_threads() == 3

@@ -533,8 +533,8 @@ def request(tokens: list[int], new: int = 1, key: int = 1, **options) -> SimpleN
 def test_choose_takes_the_noise_of_the_position_to_come():
     logits, options = random_logits(3, 400), dict(temperature=1.0)
     requests = [request([1] * 5, key=7, **options), request([1] * 9, key=8), request([1] * 900, key=9, **options)]
-    tokens, errors = choose(logits, requests)
-    assert tokens == sample(logits, [r.params for r in requests], [7, 8, 9], [5, 9, 900]) and not errors
+    tokens, errors = choose(logits, [(r, ahead) for r, ahead in zip(requests, (0, 2, 1))])
+    assert tokens == sample(logits, [r.params for r in requests], [7, 8, 9], [5, 11, 901]) and not errors
     assert choose(logits[:0], []) == ([], {})
 
 
@@ -563,10 +563,10 @@ def test_a_logits_processor_sees_its_own_copy_and_harms_nobody_else():
     requests = [request([5, 6, 7], new=2, logits_processor=ban), request([5]), request([5], logits_processor=fail),
                 request([5], logits_processor=lambda t, x: x[:2]), request([5], logits_processor=mute),
                 request([5], logits_processor=lambda t, x: x * torch.nan), request([5])]
-    tokens, errors = choose(logits, requests)
+    tokens, errors = choose(logits, [(r, 0) for r in requests])
     assert tokens[:2] == [3, 2] and seen == [[6, 7, 0]] and requests[0].output.token_ids == [6, 7]
     assert torch.equal(logits[:6], before[:6])
-    assert [errors.get(r) for r in requests] == [
+    assert [errors.get(b) for b in range(7)] == [
         None, None, "logits_processor: KeyError: 'mine'",
         "logits_processor: ValueError: it gave tensor([0., 1.]) and not logits of shape [4]", "logits_processor: Mute",
         "logits_processor: ValueError: it left no token to choose: the largest logit must be a finite number",
