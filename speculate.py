@@ -24,6 +24,7 @@ model's: one block table serves both. `Speculator` stands between a drafter and 
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import deque
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -96,20 +97,22 @@ class Speculator:
         plan.sort(key=lambda entry: len(entry[1].tokens))
 
     def worthwhile(self, requests: list, offers: list[int], rows: int) -> list[int]:
-        """How many of the offered drafts to take for each request, in a step that runs so many tokens without them."""
-        tokens, seconds = len(requests), self.seconds(len(requests))
-        if not seconds:
-            return list(offers)
-        a_pass, without = self.drafter.seconds(len(requests)), self.seconds(rows)
+        """How many of the offered drafts to take for each request, in a step that runs so many tokens without them. No
+        step gets more than 8 tokens or twice as many as one that is known."""
+        counts, deepest, tokens = [0] * len(requests), 0, len(requests)
         drafts = sorted((-self.chances.get(request, self.usual) ** n, n, b)
                         for b, (request, offer) in enumerate(zip(requests, offers)) for n in range(1, offer + 1))
-        best, best_count, deepest = tokens / seconds, 0, 0
-        for count, (probability, n, _) in enumerate(drafts, 1):
-            tokens, deepest = tokens - probability, max(deepest, n)
-            speed = tokens / (seconds + self.seconds(rows + count) - without + deepest * a_pass)
-            if speed >= best:
-                best, best_count = speed, count
-        counts = [0] * len(requests)
+        curve, a_pass = self.seconds.curve(), at(self.drafter.seconds.curve(), len(requests))
+        drafts = drafts[:max(0, max(8, 2 * curve[-1][0] if curve else 0) - rows)]
+        best, best_count = 0.0, len(drafts)
+        if curve:
+            seconds, without = at(curve, len(requests)), at(curve, rows)
+            best, best_count = tokens / seconds, 0
+            for count, (probability, n, _) in enumerate(drafts, 1):
+                tokens, deepest = tokens - probability, max(deepest, n)
+                speed = tokens / (seconds + at(curve, rows + count) - without + deepest * a_pass)
+                if speed >= best:
+                    best, best_count = speed, count
         for _, _, b in drafts[:best_count]:
             counts[b] += 1
         return counts
@@ -146,43 +149,50 @@ class Times:
     """How long a step takes by its number of tokens: the median of the last five steps of about that size.
 
     The first step of a size does not count: it compiles, records a graph or touches memory for the first time. A size
-    that was seen less often than three times lies between its neighbours. Beyond the largest, a step takes no longer
-    than that: so it is tried. What is not measured again fades, so that it is tried again one day.
+    is known from its third step on. What is not measured again fades, so that it is tried again one day.
     """
 
     def __init__(self):
         self.steps = 0
         self.recent: dict[int, deque[float]] = {}
-        self.measured: dict[int, int] = {}   # size -> in which step
+        self.typical: dict[int, tuple[float, int]] = {}   # size -> median, measured in which step
 
     def add(self, rows: int, seconds: float):
         self.steps += 1
         size = about(rows)
-        if size in self.recent:
-            fade = FADE ** (self.steps - self.measured[size] - 1)
-            self.recent[size] = deque([old * fade for old in self.recent[size]] + [seconds], maxlen=5)
-        else:
+        if size not in self.recent:
             self.recent[size] = deque(maxlen=5)
-        self.measured[size] = self.steps
+            return
+        recent = self.recent[size]
+        if size in self.typical:
+            fade = FADE ** (self.steps - 1 - self.typical[size][1])
+            recent.extend([old * fade for old in recent])   # in the place of the old ones
+        recent.append(seconds)
+        if len(recent) > 1:
+            self.typical[size] = sorted(recent)[(len(recent) - 1) // 2], self.steps
 
-    def __call__(self, rows: int) -> float:
-        """Seconds; 0.0 if nothing is known."""
-        size = about(rows)
-        known = [other for other, recent in self.recent.items() if len(recent) >= 3]
-        below = max((other for other in known if other <= size), default=0)
-        above = min((other for other in known if other >= size), default=0)
-        low, high = self._at(below or above), self._at(above or below)
-        return low + (high - low) * (size - below) / (above - below) if below < size < above else low
+    def curve(self) -> list[tuple[int, float]]:
+        """The known sizes in their order, and their seconds."""
+        return sorted((size, seconds * FADE ** (self.steps - step)) for size, (seconds, step) in self.typical.items())
 
-    def _at(self, size: int) -> float:
-        if not size:
-            return 0.0
-        return sorted(self.recent[size])[len(self.recent[size]) // 2] * FADE ** (self.steps - self.measured[size])
+
+def at(curve: list[tuple[int, float]], rows: int) -> float:
+    """Seconds of a step of so many tokens: on a straight line between its neighbours or beyond the last two. Of fewer
+    tokens than were ever measured: in proportion, so that few are tried, too."""
+    after = bisect_left(curve, (rows, 0.0))
+    if not curve:
+        return 0.0
+    if after == 0 or len(curve) == 1:
+        size, seconds = curve[0]
+        return seconds * min(1.0, rows / size)
+    (size, seconds), (size_2, seconds_2) = curve[after - 1:after + 1] if after < len(curve) else curve[-2:]
+    slope = (seconds_2 - seconds) / (size_2 - size)
+    return seconds + (rows - size) * (slope if after < len(curve) else max(0.0, slope))
 
 
 def about(rows: int) -> int:
-    """The number to three binary digits: 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ..."""
-    step = 1 << max(0, rows.bit_length() - 3)
+    """The number to four binary digits: 1 to 16, 18, 20, ... 32, 36, 40, ..."""
+    step = 1 << max(0, rows.bit_length() - 4)
     return rows // step * step
 
 
@@ -197,7 +207,7 @@ class NgramDrafter:
     SIZES = 4, 3, 2   # the longest n-gram that is found decides
 
     def __init__(self):
-        self.seconds = lambda rows: 0.0
+        self.seconds = Times()              # of its passes: none
         self.places = WeakKeyDictionary()   # Request -> (n-gram -> the place behind its last occurrence, tokens seen)
         self.found = []
 
