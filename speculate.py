@@ -43,7 +43,7 @@ from tokenizer import load_tokenizer
 # ---------------------------------------------------------------------------------------------
 # How many drafts pay
 
-WEIGHT, HOPE = 0.2, 0.002   # of a new trial in a chance; what a chance gains in a step that does not try it
+WEIGHT, HOPE = 0.1, 0.001   # of a new trial in a chance; what a chance gains in a step that does not try it
 FADE = 0.999                # what a measured time is worth a step later
 
 
@@ -67,7 +67,7 @@ class Speculator:
         """most: drafts per request and step."""
         self.drafter, self.most = drafter, most
         self.seconds = Times()                  # of the model's step by its number of tokens
-        self.usual = 0.7                        # the chance with which a new request begins: that of the last trials
+        self.usual = 0.5                        # the chance with which a new request begins: that of the last trials
         self.chances = WeakKeyDictionary()      # Request -> chance
         self.drafts = {}                        # Request -> its drafts in this step
         self.offered = []                       # requests that could have had drafts in this step
@@ -185,9 +185,10 @@ def at(curve: list[tuple[int, float]], rows: int) -> float:
     if after == 0 or len(curve) == 1:
         size, seconds = curve[0]
         return seconds * min(1.0, rows / size)
-    (size, seconds), (size_2, seconds_2) = curve[after - 1:after + 1] if after < len(curve) else curve[-2:]
+    inside = after < len(curve)
+    (size, seconds), (size_2, seconds_2) = curve[after - 1:after + 1] if inside else curve[-2:]
     slope = (seconds_2 - seconds) / (size_2 - size)
-    return seconds + (rows - size) * (slope if after < len(curve) else max(0.0, slope))
+    return seconds_2 + (rows - size_2) * (slope if inside else max(0.0, slope))
 
 
 def about(rows: int) -> int:
@@ -258,13 +259,14 @@ class DraftModel:
 
     def offers(self, requests: list, rooms: list[int]) -> list[int]:
         """How many drafts each request could have: its room, within the draft model's own context."""
+        self.reached = {}   # a step that failed may have left something
         return [max(0, min(room, self.context - len(request.tokens))) for request, room in zip(requests, rooms)]
 
     def guess(self, requests: list, counts: list[int]) -> list[list[int]]:
         """Up to so many drafts for each request: one pass for what the draft has not seen yet and the first draft, then
         a pass for each further one."""
         S, budget, writing = self.pool.block_size, self.max_batched_tokens, set()
-        drafts, chunks, self.reached = {request: [] for request in requests}, [], {}
+        drafts, chunks = {request: [] for request in requests}, []
         for request, count in zip(requests, counts):
             table = request.table
             while count and table.drafted % S == 0 and table.blocks[table.drafted // S] in self.pool.drafted:

@@ -33,6 +33,7 @@ from nanoserve import LLM, SamplingParams
 from reference import CONFIGS, GPT2, NEW, plain, plain_greedy, repeat, tensors_of, write_checkpoint
 from roofline import kv_bytes, layer_weights, step_cost
 from sampling import noise_key, sample
+from speculate import DraftModel
 from test_tokenizer import WILD, tokenizers   # noqa: F401, a fixture
 
 HERE = Path(__file__).parent
@@ -41,34 +42,54 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def check_steps(llm):
     """Check, at every step, the token budget, that no slot is written twice, and that what each request reads is what it
-    would have written: instead of K and V, each slot holds the tokens that they depend on. Returns the steps' tokens."""
-    inner, pool, steps, memory, own_last = llm._logits, llm.pool, [], {}, llm.pool.own_last
+    would have written: instead of K and V, each slot holds the tokens that they depend on. The same at every pass of a
+    draft model, in its own memory. Returns the steps' tokens."""
+    pool, steps, own_last = llm.pool, [], llm.pool.own_last
+    memories, S = [], pool.block_size
 
-    def run(chunks):
-        steps.append(sum(len(chunk.tokens) for chunk in chunks))
-        assert steps[-1] <= llm.scheduler.max_batched_tokens
-        written, S = set(), pool.block_size
-        for chunk in chunks:
-            (request,) = [r for r in llm.scheduler.running if r.table.blocks is chunk.blocks]
-            for t in range(chunk.start, chunk.start + len(chunk.tokens)):
-                slot = chunk.blocks[t // S], t % S
-                assert slot not in written and request.tokens[t] == chunk.tokens[t - chunk.start]
-                written.add(slot)
-                memory[slot] = request.tokens[:t + 1]
-        for request in llm.scheduler.running:
-            chunk = next((c for c in chunks if c.blocks is request.table.blocks), None)
-            for t in range(chunk.start + len(chunk.tokens) if chunk else request.computed):
-                assert memory[request.table.blocks[t // S], t % S] == request.tokens[:t + 1]
-        return inner(chunks)
+    def checked(inner, filled):
+        """filled: of how many tokens of a request K and V are there."""
+        memory, texts = {}, {}
+        memories.append(memory)
+
+        def run(chunks):
+            tokens = sum(len(chunk.tokens) for chunk in chunks)
+            assert tokens <= llm.scheduler.max_batched_tokens
+            if inner.__name__ == "_logits":
+                steps.append(tokens)
+            written = set()
+            for chunk in chunks:
+                (request,) = [r for r in llm.scheduler.running if r.table.blocks is chunk.blocks]
+                before = texts[request] if chunk.start > len(request.tokens) else request.tokens   # the second draft, say
+                text = texts[request] = before[:chunk.start] + chunk.tokens
+                assert text[:len(request.tokens)] == request.tokens[:len(text)] and chunk.row == request.table.row
+                for t in range(chunk.start, len(text)):
+                    slot = chunk.blocks[t // S], t % S
+                    assert slot not in written
+                    assert pool.references[slot[0]] == 1 or t < len(request.tokens), "a guess is nobody else's"
+                    written.add(slot)
+                    memory[slot] = text[:t + 1]
+            for request in llm.scheduler.running:
+                chunk = next((c for c in chunks if c.blocks is request.table.blocks), None)
+                text = texts[request] if chunk else request.tokens[:filled(request)]
+                for t in range(len(text)):
+                    assert memory[request.table.blocks[t // S], t % S] == text[:t + 1]
+            return inner(chunks)
+        return run
 
     def copy(table):
         before, done = table.blocks[-1], own_last(table)
-        for offset in range(pool.block_size):
-            if (before, offset) in memory:
-                memory[table.blocks[-1], offset] = memory[before, offset]
+        for memory in memories:
+            for offset in range(S):
+                if (before, offset) in memory:
+                    memory[table.blocks[-1], offset] = memory[before, offset]
         return done
 
-    llm._logits, pool.own_last = run, copy
+    llm._logits, pool.own_last = checked(llm._logits, lambda request: request.computed), copy
+    if isinstance(getattr(llm.speculator, "drafter", None), DraftModel):
+        runner = llm.speculator.drafter.runner
+        runner.__name__ = "passes"
+        llm.speculator.drafter.runner = checked(runner, lambda request: request.table.drafted)
     return steps
 
 
@@ -83,12 +104,15 @@ def check_pool(llm):
     assert len(pool.free_rows) + len(llm.scheduler.running) == len(pool.block_tables_UM)
 
 
-def assert_tokens_do_not_depend_on_company(lone, config, backend, options, spare, arrivals, hopeful):
-    """hopeful: the scheduler believes that every answer will be short, so that the pool runs out and it must preempt."""
+def assert_tokens_do_not_depend_on_company(lone, config, backend, options, spare, arrivals, hopeful, drafts=None):
+    """hopeful: the scheduler believes that every answer will be short, so that the pool runs out and it must preempt.
+    drafts: what is done to an engine that speculates before it begins."""
     weights, kv = options["quantization"] == "int8", options["kv_cache_dtype"] == "int8"
     folder, prompts, expected = lone[config + " int8 weights" * weights + " int8 kv" * kv]
     S = options["block_size"]
     llm = LLM(folder, attention=backend, dtype="float32", num_blocks=-(-(60 + NEW) // S) + spare, **options)
+    if drafts:
+        drafts(llm, prompts, expected)
     check_steps(llm)
     outputs, queue, step = [], sorted(arrivals, key=lambda a: a[1]), 0
     while queue or llm.requests:
@@ -103,7 +127,8 @@ def assert_tokens_do_not_depend_on_company(lone, config, backend, options, spare
             llm.scheduler.usage = 0.0
         decoding = [(r, r.computed) for r in llm.scheduler.running if r.pending == 1]
         llm.step()
-        assert all(r.computed == n + 1 or r.output.finish_reason or r in llm.scheduler.waiting for r, n in decoding)
+        assert all(r.computed == n + 1 or r.computed > n and drafts or r.output.finish_reason or r in llm.scheduler.waiting
+                   for r, n in decoding)
         order = [r.output.id for r in [*llm.scheduler.running, *llm.scheduler.waiting]]
         assert order == sorted(order), "first come, first served"
         assert len(llm.scheduler.running) <= llm.scheduler.max_seqs
@@ -113,11 +138,13 @@ def assert_tokens_do_not_depend_on_company(lone, config, backend, options, spare
     assert llm.pool.num_referenced == 0 and not llm.scheduler.running and not llm.scheduler.waiting
     samples = [sample for out, *_ in outputs for sample in out.samples]
     stats = llm.stats()
-    assert stats["computed_tokens"] == sum(sample.computed_tokens for sample in samples)
+    for what in ("computed_tokens", "drafted_tokens", "accepted_tokens"):
+        assert stats[what] == sum(getattr(sample, what) for sample in samples)
+    assert all(s.accepted_tokens <= s.drafted_tokens <= (s.computed_tokens if drafts else 0) for s in samples)
     if not hopeful and len(samples) == len(outputs):   # everyone uses all of max_tokens, which is what was expected
         assert stats["preemptions"] == 0
         for out, i, n, _ in outputs:
-            if out.finish_reason == "length":   # the last token is never run
+            if out.finish_reason == "length" and not drafts:   # the last token is never run
                 assert out.computed_tokens + out.reused_tokens == len(prompts[i]) + n - 1
     for out, i, n, _ in outputs:
         for sample in out.samples:
