@@ -126,15 +126,15 @@ class Graphs:
 
     Recording takes a second, so not every number of tokens gets a graph: a step of 5 is replayed as one of 8, of which
     three are idle. What comes out for these is thrown away. A graph wants tensors of the same size in every step, so it
-    has as many requests as tokens. It is known by this number and by its longest chunk, rounded up to a power of two: the
-    kernels' shapes depend on both. Verifications of 5 and 2 tokens are replayed by the graph of 8 tokens in chunks of up
-    to 8. An idle request makes them 8 tokens, and five empty ones make them 8 requests: 5, 2, 1, 0, 0, 0, 0, 0.
+    has as many requests as tokens. It is known by this number and by its longest chunk, rounded up to a power of two:
+    the kernels' shapes depend on both. Verifications of 5 and 2 tokens are replayed by the graph of 8 tokens in chunks
+    of up to 8. An idle request makes them 8 tokens, and five empty ones make them 8 requests: 5, 2, 1, 0, 0, 0, 0, 0.
     """
 
     def __init__(self, forward: Callable[[Batch], Tensor], block_size: int, block_tables_UM: Tensor):
         """forward: from a batch to its logits, by launches that are the same for all steps of a graph."""
         self.forward, self.block_size, self.block_tables_UM = forward, block_size, block_tables_UM
-        self.recorded = {}   # (tokens, longest) -> (the batch that stays, what replays the launches, logits [tokens, V])
+        self.recorded = {}   # (tokens, longest) -> (the batch that stays, what replays the launches, logits_TV)
 
     @staticmethod
     def fit(chunks: list[Chunk]) -> bool:
@@ -159,12 +159,12 @@ class Graphs:
             stays = make_batch(idle, self.block_size, self.block_tables_UM.device, self.block_tables_UM)
             stays.positions_T.zero_()   # within any context
             self.recorded[size, longest] = stays, *record(lambda: self.forward(stays))
-        stays, replay, logits_BV = self.recorded[size, longest]
+        stays, replay, logits_TV = self.recorded[size, longest]
         stays.memory.copy_(batch.memory)
         for rows_of, table in stays.tables.values():
             table.copy_(torch.tensor(rows_of(batch), dtype=torch.int32))
         replay()
-        return logits_BV
+        return logits_TV
 
 
 def record(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

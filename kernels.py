@@ -12,16 +12,15 @@ last. A query row is one query head of one token, and the G query heads that sha
 
     prefill    R rows, tokens x G     4 R D operations per key    2 D numbers, 4 D bytes    R operations per byte
     decode     G rows, 1 token x G    4 G D operations per key    2 D numbers, 4 D bytes    G operations per byte
-    verify     n decodes at once      4 n G D                     the same 4 D bytes        n G operations per byte
+    verify     (n + 1) x G rows       (n + 1) x 4 G D             the same 4 D bytes        (n + 1) G
 
 An H100 does 295 operations in the time of a byte (`python bench.py estimate --hardware h100`): prefill, with
 the hundreds of rows of a chunk, is bound by arithmetic, decode by bandwidth. (A tile holds 128 rows at a time;
 the tiles beside it find the same keys in the L2 cache.) Decode has another trouble: a few rows cannot fill a
 machine. So its keys are cut into splits that run side by side, and merge by the recurrence of online softmax:
-its three running values are all that a split leaves behind.
-
-A verification runs a token and n - 1 guesses of what follows it. It reads the bytes of a decode, and its n times as
-many operations take units that idle. So every short chunk is served like a decode, which is one of a single token.
+its three running values are all that a split leaves behind. A verification runs a token and n guesses of what
+follows it. It reads the bytes of a decode, and units that would idle do its n + 1 times as many operations. So
+every chunk of a few tokens is served like a decode, as a short chunk.
 
 Nobody keeps q, by the way: a later token asks with its own query, and needs only keys and values.
 
@@ -119,9 +118,8 @@ def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
     """Attention by PyTorch's own kernels, which cannot walk a block table, in few calls per layer.
 
     What a decode costs is reading K and V once, so a long one is read in place: its blocks, if they are neighbours in
-    the pool, are one view [K, keys, D]. Other keys are gathered first. Decodes with few keys share a call: two products
-    around a softmax, which for a few rows per head take less time than the fused kernel. The n tokens of a short chunk
-    are n times as many rows in the same calls.
+    the pool, are one view [K, keys, D]. Other keys are gathered first. Short decodes share a call: two products around
+    a softmax, which for a row per head take less time than the fused kernel. A verification is n rows in place of one.
 
     The fused kernel cannot read bytes either: what a call reads of a pool of int8 is widened first. So on a CPU INT8
     saves memory and no time: a decode step is slower than in float32, with a short context and with a long one.
@@ -139,14 +137,12 @@ def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
             o_KGTD = scaled_dot_product_attention(q_TKGD.permute(1, 2, 0, 3), k_KGTD, v_KGTD, call.mask, scale=scale,
                                                   is_causal=call.mask is None)
             return o_KGTD.permute(2, 0, 1, 3).flatten(1, 2)
-        # B short chunks: the G query heads of n tokens that share a KV head are its R rows; for a decode, n is 1.
-        q_BKRD = q_TKGD if n == 1 else q_TKGD.unflatten(0, (-1, n)).transpose(1, 2).flatten(2, 3)
+        q_BKRD = q_TKGD if n == 1 else q_TKGD.unflatten(0, (-1, n)).transpose(1, 2).flatten(2, 3)   # R = n x G
         if len(k_BKTD) > 1:
             o_BKRD = torch.matmul(q_BKRD * scale, k_BKTD.mT).add_(call.mask).softmax(-1) @ v_BKTD
         else:
             o_BKRD = scaled_dot_product_attention(q_BKRD, k_BKTD, v_BKTD, call.mask, scale=scale)
-        o_TKGD = o_BKRD if n == 1 else o_BKRD.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)
-        return o_TKGD.flatten(1, 2)
+        return (o_BKRD if n == 1 else o_BKRD.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)).flatten(1, 2)
 
     calls = batch.once(("torch", window), lambda: plan_torch(batch, H, k_KNSD, window, q_THD.dtype))
     if len(calls) == 1:
@@ -179,11 +175,9 @@ def plan_torch(batch: Batch, H: int, k_KNSD: Tensor, window: int | None, dtype: 
     """The calls that attend to the whole step, for queries of this dtype.
 
     A long chunk has a call of its own. So has a short one with many keys that are neighbours, if they are float32: what
-    the fused kernel takes longer for in 16 bits pays for gathering them. The other short chunks share a call with those
-    of as many tokens and about as many keys: one call for up to 127 keys, one for 128 to 255, and so on.
-
-    For verifications the rule is as right. A layer of 16 of 5 tokens, 9 heads on 3 of size 64, us on 2 cores: with 64
-    to 127 keys 474 in one call and 916 each in place; with 100 to 500 keys 2,471 and 1,930.
+    the fused kernel takes longer for in 16 bits pays for gathering them. The others share a call with those of as many
+    tokens and about as many keys: one call for up to 127 keys, one for 128 to 255, and so on. (16 verifications of 5
+    tokens, 9 heads on 3 of size 64: with 64 to 127 keys 474 us in one call, 916 in 16; with 100 to 500 2,471, 1,930.)
     """
     (K, _, S, D), groups = k_KNSD.shape, defaultdict(list)
     many = IN_PLACE // (2 * K * D * k_KNSD.element_size())
@@ -217,14 +211,13 @@ def plan_call(batch: Batch, H: int, k_KNSD: Tensor, requests: list[int], window:
         distance  [[2, 1, 0, -1, -2], [4, 3, 2, 1, 0]]     seen where it is 0 or more, and less than the window
     """
     (K, N, S, _), device, b = k_KNSD.shape, k_KNSD.device, requests[0]
-    n = len(batch.chunks[b].tokens)
+    short = (n := len(batch.chunks[b].tokens)) <= SHORT
     if requests == list(range(b, b + len(requests))):
         rows = slice(batch.starts[b], batch.starts[b + len(requests)])
     else:
         rows = torch.tensor([batch.starts[b] + t for b in requests for t in range(n)], device=device)
-    slots, short = in_place(batch, b, window, S) if len(requests) == 1 else None, n <= SHORT
-    all_seen = n == 1 or not short and batch.chunks[b].start == 0 and not window
-    if slots and all_seen and not bias:
+    slots = in_place(batch, b, window, S) if len(requests) == 1 else None
+    if slots and not bias and (n == 1 or not short and batch.chunks[b].start == 0 and not window):
         return Call(rows, n * short, slots, None)
 
     firsts = [first_key(batch, b, window) for b in requests]
@@ -234,8 +227,7 @@ def plan_call(batch: Batch, H: int, k_KNSD: Tensor, requests: list[int], window:
     heads = torch.arange(H, device=device).view(1, K, -1, 1, 1)
     seen = (distance >= 0) & (distance < (window or N * S))
     mask = torch.where(seen, bias(heads, distance) if bias else 0.0, -torch.inf).to(dtype)   # [B, K, G, n, keys] or 1s
-    G = H // K if n > 1 else -1   # for a decode one row does for all heads
-    mask = mask.transpose(2, 3).expand(-1, -1, -1, G, -1).flatten(2, 3) if short else mask[0]
+    mask = mask.transpose(2, 3).expand(-1, -1, -1, H // K if n > 1 else -1, -1).flatten(2, 3) if short else mask[0]
     if slots:
         return Call(rows, n * short, slots, mask)
     keys_BT = keys_BT.minimum(batch.kv_lens[requests, None] - 1)
@@ -386,8 +378,7 @@ def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tabl
         whole = tl.cdiv(tl.maximum(0, stop - WINDOW), TILE) * TILE
     diagonal = tl.maximum(whole, (first_position + 1) // TILE * TILE)
 
-    k_ptr += kv_head * head_stride
-    v_ptr += kv_head * head_stride
+    k_ptr, v_ptr = k_ptr + kv_head * head_stride, v_ptr + kv_head * head_stride
     if k_scale_ptr is not None:
         k_scale_ptr += kv_head * (head_stride // D)
         v_scale_ptr += kv_head * (head_stride // D)
@@ -411,9 +402,9 @@ def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_pt
                    ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr):
     """One split of one request's keys for the n G query rows of one KV head; the last split to finish merges all.
 
-    Cost: for a decode, n = 1, 4 * G * keys * D operations for 2 * keys * D elements of K and V, each used once: G
+    Cost: for a decode, 4 * G * keys * D operations for 2 * keys * D elements of K and V, each used once: G
     operations per byte in two-byte types. Bound: bandwidth; the matrix units idle, and half-empty tiles (G rows of
-    16) are free. So a verification of n - 1 drafts costs little more: n G operations per byte, and the same bytes.
+    16) are free. A verification of n drafts reads the same bytes: (n + 1) G operations per byte.
     Splits: one row cannot fill a machine, so the step's keys are shared out evenly over its multiprocessors.
     Two partial answers merge by the recurrence of online softmax, with splits in the place of keys, so the
     result is the same up to rounding. Made for any batch and length; loses where splits are so short that
@@ -430,14 +421,12 @@ def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_pt
         first_row = tl.program_id(1) // (H // G) * ROWS
         row, d = first_row + tl.arange(0, ROWS), tl.arange(0, D_PAD)
         token, head = row // G, row % G
-        live_R, live_RD = token < q_len, (token < q_len)[:, None] & (d < D)[None, :]
-        at_R = token * H + head
+        live_R, live_RD, at_R = token < q_len, (token < q_len)[:, None] & (d < D)[None, :], token * H + head
         at_RD = at_R[:, None] * D + d[None, :]
         q_ptr += row_start * q_stride + kv_head * G * D
         q_RD = tl.load(q_ptr + (token * q_stride + head * D)[:, None] + d[None, :], mask=live_RD, other=0.0)
         stop = tl.where(first_row < q_len * G, stop, start)   # where only a longer chunk has rows, nothing is read
-        k_ptr += kv_head * head_stride
-        v_ptr += kv_head * head_stride
+        k_ptr, v_ptr = k_ptr + kv_head * head_stride, v_ptr + kv_head * head_stride
         if k_scale_ptr is not None:
             k_scale_ptr += kv_head * (head_stride // D)
             v_scale_ptr += kv_head * (head_stride // D)
@@ -447,10 +436,8 @@ def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_pt
                                 S, D, D_PAD, TILE, WINDOW, True)
         finished = True
         if splits > 1:
-            size = longest * H   # rows of a partial answer
-            o_ptr += kv_head * G * D
-            m_ptr += kv_head * G
-            l_ptr += kv_head * G
+            size, from_head = longest * H, kv_head * G   # rows of a partial answer, and the first of this head
+            o_ptr, m_ptr, l_ptr = o_ptr + from_head * D, m_ptr + from_head, l_ptr + from_head
             tl.store(o_ptr + work * size * D + at_RD, o_RD, mask=live_RD)
             tl.store(m_ptr + work * size + at_R, m_R, mask=live_R)
             tl.store(l_ptr + work * size + at_R, l_R, mask=live_R)
@@ -464,9 +451,8 @@ def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_pt
                     o_part = tl.load(o_ptr + part * size * D + at_RD, mask=live_RD, other=0.0, cache_modifier=".cg")
                     m_part = tl.load(m_ptr + part * size + at_R, mask=live_R, other=0.0, cache_modifier=".cg")
                     l_part = tl.load(l_ptr + part * size + at_R, mask=live_R, other=1.0, cache_modifier=".cg")
-                    m_new = tl.maximum(m_R, m_part)
-                    m_sub = tl.where(m_new == float("-inf"), 0.0, m_new)   # a split whose keys a row does not see
-                    old, new = tl.exp2(m_R - m_sub), tl.exp2(m_part - m_sub)
+                    m_new = tl.maximum(tl.maximum(m_R, m_part), -1e38)   # no -inf: a row may see none of a split's keys
+                    old, new = tl.exp2(m_R - m_new), tl.exp2(m_part - m_new)
                     o_RD = o_RD * old[:, None] + o_part * new[:, None]
                     l_R = l_R * old + l_part * new
                     m_R = m_new
@@ -524,8 +510,8 @@ def attention_triton(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch
     if short:
         longest, some = max(short), 4 * multiprocessors_of(device) // K   # splits that leave partial answers, at most
         options = decode_options(D, longest * G, q_THD.dtype)
-        work = batch.table(("splits", window), lambda batch: share_out(batch, K, window, options["TILE"], device))
         programs = K * triton.cdiv(longest * G, options["ROWS"])
+        work = batch.table(("splits", window), lambda batch: share_out(batch, K, window, options["TILE"], device))
         o, m, l, arrived = batch.once("partial answers", lambda: (
             torch.empty(some, longest, H, D, device=device), *torch.empty(2, some, longest, H, device=device),
             torch.zeros(len(batch.chunks) * programs, dtype=torch.int32, device=device)))
@@ -558,12 +544,12 @@ def prefill_options(D: int, G: int, dtype: torch.dtype, capability: int) -> dict
 def decode_options(D: int, rows: int, dtype: torch.dtype) -> dict:
     """Tile and launch shape for short chunks of so many query rows: at most 16 KiB of K a tile, and registers few
     enough to fit several programs. More rows than fit are served by several programs, which read the same keys."""
-    ROWS, D = max(16, triton.next_power_of_2(rows)), max(16, triton.next_power_of_2(D))
+    ROWS, D = (max(16, triton.next_power_of_2(x)) for x in (rows, D))
     if INTERPRETED:
         return dict(ROWS=min(32, ROWS), TILE=32)
-    TILE = min(64, 16384 // (D * dtype.itemsize))
-    ROWS = min(16 if dtype == torch.float32 else 8192 // D, ROWS)   # no matrix units for float32: all is in registers
-    return dict(ROWS=ROWS, TILE=TILE, num_warps=8 if ROWS * D > 4096 else 4, num_stages=PIPELINE)
+    ROWS = min(16 if dtype == torch.float32 else 8192 // D, ROWS)   # float32 has no matrix units
+    return dict(ROWS=ROWS, TILE=min(64, 16384 // (D * dtype.itemsize)), num_stages=PIPELINE,
+                num_warps=8 if ROWS * D > 4096 else 4)
 
 
 @cache
@@ -591,8 +577,8 @@ def share_out(batch: Batch, K: int, window: int | None, TILE: int, device: torch
 
     A graph needs as many rows in every step of so many requests, so rows of nobody (-1) fill the list up to the most
     that there can be. If every split were full, there would be tiles / per_split of them, which is 2 * processors / K
-    at most. Each request has one split that is not full, so the rest is one for each. Requests of several splits come
-    first: only they leave partial answers, and they have at most twice as many splits as those that are full.
+    at most. Each request has one that is not full, so the rest is one for each. Requests of several splits come first:
+    only they leave partial answers, 4 * processors / K at most.
     """
     requests = [b for b, chunk in enumerate(batch.chunks) if len(chunk.tokens) <= SHORT]
     begins = [first_key(batch, b, window) // TILE * TILE for b in requests]
@@ -604,8 +590,7 @@ def share_out(batch: Batch, K: int, window: int | None, TILE: int, device: torch
         cuts = [begin + TILE * (count * i // splits) for i in range(splits)] + [batch.lens[b]]
         table = batch.chunks[b].row * batch.block_tables_UM.shape[1]
         work += [(b, table, *cuts[i:i + 2], len(work), splits) for i in range(splits)]
-    most = programs // K + len(requests)
-    return work + [(-1, 0, 0, 0, 0, 0)] * (most - len(work))
+    return work + [(-1, 0, 0, 0, 0, 0)] * (programs // K + len(requests) - len(work))
 
 
 def cut_prompts(batch: Batch, tokens_per_tile: int) -> list[tuple[int, ...]]:
