@@ -263,16 +263,14 @@ def describe_attention(llm: LLM, chunks: list[Chunk]) -> Iterator[str]:
                 how = "two products around a softmax" if count > 1 else "one fused call"
                 yield f"{of}{how} per layer: {what}; {length} keys, {where}"
         else:
-            if short := [len(chunk.tokens) for chunk in chunks if len(chunk.tokens) <= SHORT]:
-                longest, n = max(short), len(short)
-                tile = kernels.decode_options(c.D, longest * G, dtype)["TILE"]
+            if few := [len(chunk.tokens) for chunk in chunks if len(chunk.tokens) <= SHORT]:
+                longest, tile = max(few), kernels.decode_options(c.D, max(few) * G, dtype)["TILE"]
                 splits = sum(b >= 0 for b, *_ in kernels.share_out(batch, c.K, window, tile, device))
-                each = f"its {G}" if longest == 1 else f"the {G}"
-                tokens = f" of its tokens, {longest} at most," if longest > 1 else ""
-                yield (f"{of}decode kernel: {splits} splits of keys for {n} requests, to fill "
+                each = f"its {G} query heads" if longest == 1 else f"the {G} query heads of its tokens, {longest} at most,"
+                yield (f"{of}decode kernel: {splits} splits of keys for {len(few)} requests, to fill "
                        f"{kernels.multiprocessors_of(device)} multiprocessors, x {c.K} KV heads; each runs {each} "
-                       f"query heads{tokens} against tiles of {tile} keys")
-            if len(short) < len(chunks):
+                       f"against tiles of {tile} keys")
+            if len(few) < len(chunks):
                 options = kernels.prefill_options(c.D, G, dtype, kernels.capability_of(device))
                 rows, tiles = options["ROWS"], len(kernels.cut_prompts(batch, options["ROWS"] // G))
                 yield (f"{of}prefill kernel: {tiles} tiles of {rows} rows ({rows // G} tokens x {G} query heads) x "
