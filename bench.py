@@ -717,7 +717,7 @@ def compile_launches(launch, capability: int) -> list[dict]:
         warps, shared = binary.metadata.num_warps, binary.metadata.shared
         given = dict(zip(kernel.arg_names, args))
         name = kernel.__name__.strip("_").removesuffix("_kernel")
-        name += f" of {given['longest']} tokens" * (given.get("longest", 1) > 1)
+        name += f" of {given.get('longest')} tokens" * (given.get("longest", 1) > 1)
         name += " int8" * (given.get("k_scale_ptr") is not None)   # such a pool
         programs = min(REGISTERS // (32 * warps * -(-registers // 8) * 8), WARPS // warps,
                        SHARED[capability] // (shared + 1024))

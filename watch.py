@@ -266,7 +266,8 @@ def describe_attention(llm: LLM, chunks: list[Chunk]) -> Iterator[str]:
             if few := [len(chunk.tokens) for chunk in chunks if len(chunk.tokens) <= SHORT]:
                 longest, tile = max(few), kernels.decode_options(c.D, max(few) * G, dtype)["TILE"]
                 splits = sum(b >= 0 for b, *_ in kernels.share_out(batch, c.K, window, tile, device))
-                each = f"its {G} query heads" if longest == 1 else f"the {G} query heads of its tokens, {longest} at most,"
+                each = f"{G} query heads"
+                each = f"its {each}" if longest == 1 else f"the {each} of its tokens, {longest} at most,"
                 yield (f"{of}decode kernel: {splits} splits of keys for {len(few)} requests, to fill "
                        f"{kernels.multiprocessors_of(device)} multiprocessors, x {c.K} KV heads; each runs {each} "
                        f"against tiles of {tile} keys")
