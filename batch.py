@@ -5,7 +5,7 @@ or the one token that a request sampled last. Nobody is padded to anybody's leng
 requests stand in one row, and a few index tensors say whose they are. "The cat sat" arrives while
 "The dog" is about to run its token 2 (" sat", 479), with blocks of S = 2 as in paged_kv.py:
 
-    chunks          [479]  then  [269, 341, 479]      single tokens come first
+    chunks          [479]  then  [269, 341, 479]      in order of length
     tokens_T         479          269  341  479       T = 4
     positions_T        2            0    1    2       in its own request
     slots_T            8            0    1    2       where its K and V go: block * S + offset
@@ -31,9 +31,13 @@ import torch
 from torch import Tensor
 
 
+SHORT = 16   # tokens. A chunk of so many or fewer is short: kernels.py attends to it as it does to a decode
+
+
 @dataclass(slots=True)
 class Chunk:
-    """Consecutive tokens of one request: a prompt, a piece of one, or the one token of a decode."""
+    """Consecutive tokens of one request: a prompt, a piece of one, the one token of a decode, or a verification, which
+    is the token of a decode and the drafts that are guessed to follow it."""
     tokens: list[int]
     start: int          # position of tokens[0] in its request
     blocks: list[int]   # the request's block table, covering at least start + len(tokens) tokens
@@ -45,9 +49,8 @@ class Chunk:
 class Batch:
     """The chunks of one step, flattened to T tokens of B requests. Build it with `make_batch`.
 
-    Chunks of a single token come first, be it a decode or a piece of a prompt. In Triton these `num_decodes` go to
-    the decode kernel and the others to the prefill kernel, so a mixed step takes one launch of each per layer.
-    All tensors are int64 views of `memory`.
+    In Triton short chunks go to the decode kernel and the others to the prefill kernel, so a mixed step takes one
+    launch of each per layer. All tensors are int64 views of `memory`.
     """
     memory: Tensor
     tokens_T: Tensor           # token ids
@@ -61,7 +64,6 @@ class Batch:
     chunks: list[Chunk]
     starts: list[int]          # query_starts, for Python
     lens: list[int]            # kv_lens, for Python
-    num_decodes: int
     kept: dict = field(default_factory=dict)     # see `once`
     tables: dict = field(default_factory=dict)   # see `table`
 
@@ -81,7 +83,8 @@ class Batch:
 
 def make_batch(chunks: list[Chunk], block_size: int, device: torch.device | str = "cpu",
                block_tables_UM: Tensor | None = None) -> Batch:
-    """Flatten chunks into the index tensors of one step; single tokens must come before longer chunks.
+    """Flatten chunks into the index tensors of one step. Chunks stand in order of length, for the sake of speed: single
+    tokens, which come first, are quick to flatten, and chunks that share a call have their rows side by side.
 
     block_tables_UM: the tables as the device holds them (chunk.row says where); None: they are made from chunk.blocks.
     """
@@ -90,70 +93,78 @@ def make_batch(chunks: list[Chunk], block_size: int, device: torch.device | str 
         width = max(1, *map(len, tables))
         block_tables_UM = torch.tensor([table + [0] * (width - len(table)) for table in tables]).to(device)
         chunks = [replace(chunk, row=row) for row, chunk in enumerate(chunks)]
-    S, n = block_size, sum(len(chunk.tokens) == 1 for chunk in chunks)
-    decodes, prompts = chunks[:n], chunks[n:]
-    assert all(len(chunk.tokens) > 1 for chunk in prompts), "single tokens come first"
+    S, n = block_size, next((b for b, chunk in enumerate(chunks) if len(chunk.tokens) != 1), len(chunks))
+    decodes, others = chunks[:n], chunks[n:]
     tokens = [chunk.tokens[0] for chunk in decodes]
     positions = [chunk.start for chunk in decodes]
     slots = [chunk.blocks[t // S] * S + t % S if chunk.blocks else -1 for chunk, t in zip(decodes, positions)]
     logit_rows = [row for row, chunk in enumerate(decodes) if chunk.logits]
     lens = [chunk.start + 1 if chunk.blocks else 0 for chunk in decodes]
     starts = list(range(n + 1))
-    for chunk in prompts:
-        lens.append(chunk.start + len(chunk.tokens))
+    for chunk in others:
+        places = range(chunk.start, chunk.start + len(chunk.tokens))
         tokens += chunk.tokens
-        positions += range(chunk.start, lens[-1])
-        slots += [chunk.blocks[t // S] * S + t % S for t in range(chunk.start, lens[-1])]
+        positions += places
+        slots += [chunk.blocks[t // S] * S + t % S for t in places] if chunk.blocks else [-1] * len(places)
         logit_rows += range(len(tokens) - chunk.logits, len(tokens))
+        lens.append(places.stop if chunk.blocks else 0)
         starts.append(len(tokens))
     parts = tokens, positions, slots, starts, lens, [chunk.row for chunk in chunks], logit_rows
     memory = torch.frombuffer(array("q", sum(parts, [])), dtype=torch.int64).to(device)
-    return Batch(memory, *memory.split(list(map(len, parts))), block_tables_UM, chunks, starts, lens, n)
+    return Batch(memory, *memory.split(list(map(len, parts))), block_tables_UM, chunks, starts, lens)
 
 
 # ---------------------------------------------------------------------------------------------
 # A graph replays a step
 
-IDLE = Chunk([0], 0, [])   # token 0 of a request that owns no block: it writes no K and V, and sees no key
+IDLE = Chunk([0], 0, [])       # token 0 of a request that owns no block: it writes no K and V, and sees no key
+EMPTY = Chunk([], 0, [], 0)    # not even a token
 
 
 class Graphs:
-    """Steps of single tokens as CUDA graphs, one per number of requests, recorded when it first occurs.
+    """Steps of decodes and verifications as CUDA graphs, recorded when they first occur.
 
-    Recording takes a second, so not every number gets a graph: a step of 5 requests is replayed as one of 8, of which
-    three are idle. What comes out for these is thrown away.
+    Recording takes a second, so not every number of tokens gets a graph: a step of 5 is replayed as one of 8, of which
+    three are idle. What comes out for these is thrown away. A graph wants tensors of the same size in every step, so it
+    has as many requests as tokens. It is known by this number and by its longest chunk, rounded up to a power of two:
+    the kernels' shapes depend on both. Verifications of 5 and 2 tokens are replayed by the graph of 8 tokens in chunks
+    of up to 8. An idle request makes them 8 tokens, and five empty ones make them 8 requests: 5, 2, 1, 0, 0, 0, 0, 0.
     """
 
     def __init__(self, forward: Callable[[Batch], Tensor], block_size: int, block_tables_UM: Tensor):
-        """forward: from a batch to its logits [B, V], by launches that are the same for every step of B requests."""
+        """forward: from a batch to its logits, by launches that are the same for all steps of a graph."""
         self.forward, self.block_size, self.block_tables_UM = forward, block_size, block_tables_UM
-        self.recorded = {}   # number of requests -> (the batch that stays, what replays the launches, logits_BV)
+        self.recorded = {}   # (tokens, longest) -> (the batch that stays, what replays the launches, logits_TV)
 
     @staticmethod
     def fit(chunks: list[Chunk]) -> bool:
-        """Whether a graph can replay this step."""
-        return all(len(chunk.tokens) == 1 == chunk.logits for chunk in chunks)
+        """Whether a graph can replay this step: short chunks that want logits for each of their tokens."""
+        return all(len(chunk.tokens) == chunk.logits <= SHORT for chunk in chunks)
 
     def batch(self, chunks: list[Chunk]) -> Batch:
-        """The step in host memory, with as many idle requests as the graph has room for."""
-        n = len(chunks)
-        size = 1 << (n - 1).bit_length() if n <= 8 else -(-n // 8) * 8    # 1, 2, 4, 8, 16, 24, ...
-        return make_batch(chunks + [IDLE] * (size - n), self.block_size, "cpu", self.block_tables_UM)
+        """The step in host memory, filled up to the size of its graph."""
+        T = sum(len(chunk.tokens) for chunk in chunks)
+        size = 1 << (T - 1).bit_length() if T <= 8 else -(-T // 8) * 8    # 1, 2, 4, 8, 16, 24, ...
+        idle = [IDLE] * (size - T) + [EMPTY] * (T - len(chunks))
+        return make_batch(chunks + idle, self.block_size, "cpu", self.block_tables_UM)
 
     @torch.inference_mode()
     def replay(self, batch: Batch) -> Tensor:
-        """float32 [B, V]: logits of a step that `batch` has made. The next replay writes over them."""
-        size = len(batch.chunks)
-        if size not in self.recorded:
-            device = self.block_tables_UM.device
-            stays = make_batch([IDLE] * size, self.block_size, device, self.block_tables_UM)
-            self.recorded[size] = stays, *record(lambda: self.forward(stays))
-        stays, replay, logits_BV = self.recorded[size]
+        """float32 [tokens, V]: logits of a step that `batch` has made, of whose chunks those of nobody come last. The
+        next replay writes over them."""
+        size, longest = len(batch.chunks), max(len(chunk.tokens) for chunk in batch.chunks)
+        longest = 1 << (longest - 1).bit_length()
+        if (size, longest) not in self.recorded:
+            idle = [Chunk([0] * longest, 0, [], longest)] + [IDLE] * (size - longest) + [EMPTY] * (longest - 1)
+            stays = make_batch(idle, self.block_size, self.block_tables_UM.device, self.block_tables_UM)
+            stays.positions_T.zero_()   # within any context
+            self.recorded[size, longest] = stays, *record(lambda: self.forward(stays))
+        stays, replay, logits_TV = self.recorded[size, longest]
         stays.memory.copy_(batch.memory)
         for rows_of, table in stays.tables.values():
             table.copy_(torch.tensor(rows_of(batch), dtype=torch.int32))
         replay()
-        return logits_BV
+        return logits_TV
 
 
 def record(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

@@ -715,11 +715,14 @@ def compile_launches(launch, capability: int) -> list[dict]:
         binary = run(kernel, *args, grid=grid, warmup=True, **options)
         registers, spills = resources(binary.asm["cubin"])
         warps, shared = binary.metadata.num_warps, binary.metadata.shared
-        int8 = " int8" * (dict(zip(kernel.arg_names, args)).get("k_scale_ptr") is not None)   # such a pool
+        given = dict(zip(kernel.arg_names, args))
+        name = kernel.__name__.strip("_").removesuffix("_kernel")
+        name += f" of {given.get('longest')} tokens" * (given.get("longest", 1) > 1)
+        name += " int8" * (given.get("k_scale_ptr") is not None)   # such a pool
         programs = min(REGISTERS // (32 * warps * -(-registers // 8) * 8), WARPS // warps,
                        SHARED[capability] // (shared + 1024))
         found.append(dict(   # the columns of the table, in their order
-            kernel=kernel.__name__.strip("_").removesuffix("_kernel") + int8, gpu=f"sm_{capability}",
+            kernel=name, gpu=f"sm_{capability}",
             tile=f"{options['ROWS']} x {options['TILE']}" if "TILE" in options else "-",
             warps=warps, stages=binary.metadata.num_stages, regs=registers, spills=spills, KiB=f"{shared / 1024:.0f}",
             units=next((name for word, name in UNITS.items() if word in binary.asm["ptx"]), "-"),
@@ -746,12 +749,13 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 def launch_all(D: int, dtype: torch.dtype = torch.bfloat16, S: int = 64, H: int = 32, K: int = 8,
                window: int | None = None):
-    """One launch of every kernel, on a pool of this dtype and on one of int8."""
+    """One launch of every kernel, of decode also for a verification, on a pool of this dtype and on one of int8."""
     for int8 in (False, True):
         inputs = paged_inputs([(1, 99), (80, 0)], H, K, D, S, dtype, window=window, int8=int8)
         q, k, v, batch, _, _, *scales = inputs
         kernels.write_kv_triton(q[:, :K], q[:, :K], k, v, batch.slots_T, *scales)
         kernels.attention_triton(*inputs)
+        kernels.attention_triton(*paged_inputs([(5, 99)], H, K, D, S, dtype, window=window, int8=int8))
 
 
 BYTES = {"int8": (torch.int8, 1), "fp8": (torch.float8_e4m3fn, 1), "fp8 blocks": (torch.float8_e4m3fn, 128)}
@@ -943,7 +947,7 @@ def time_texts(shapes: tuple[str, ...], bandwidth: float):
 
 def show_measured():
     device, dtype = torch.device("cuda"), torch.bfloat16
-    check_kernels(device, [(1, 700), (1, 0), (1, 3000), (300, 500), (77, 0)])
+    check_kernels(device, [(1, 700), (1, 0), (1, 3000), (5, 2000), (16, 9), (77, 0), (300, 500)])
     a, b = (torch.empty(1 << 30, dtype=torch.int8, device=device) for _ in "ab")
     bandwidth = 2 * a.nbytes / gpu_seconds([lambda: b.copy_(a)])
     x = torch.randn(8192, 8192, device=device, dtype=dtype)

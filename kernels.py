@@ -12,12 +12,15 @@ last. A query row is one query head of one token, and the G query heads that sha
 
     prefill    R rows, tokens x G     4 R D operations per key    2 D numbers, 4 D bytes    R operations per byte
     decode     G rows, 1 token x G    4 G D operations per key    2 D numbers, 4 D bytes    G operations per byte
+    verify     (n + 1) x G rows       (n + 1) x 4 G D             the same 4 D bytes        (n + 1) G
 
 An H100 does 295 operations in the time of a byte (`python bench.py estimate --hardware h100`): prefill, with
 the hundreds of rows of a chunk, is bound by arithmetic, decode by bandwidth. (A tile holds 128 rows at a time;
 the tiles beside it find the same keys in the L2 cache.) Decode has another trouble: a few rows cannot fill a
 machine. So its keys are cut into splits that run side by side, and merge by the recurrence of online softmax:
-its three running values are all that a split leaves behind.
+its three running values are all that a split leaves behind. A verification runs a token and n guesses of what
+follows it. It reads the bytes of a decode, and units that would idle do its n + 1 times as many operations. So
+every chunk of a few tokens is served like a decode, as a short chunk.
 
 Nobody keeps q, by the way: a later token asks with its own query, and needs only keys and values.
 
@@ -41,7 +44,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from batch import Batch, Chunk, make_batch   # noqa: F401, forks import them from here
+from batch import SHORT, Batch, Chunk, make_batch   # noqa: F401, forks import them from here
 from device import jit, load_triton
 
 LOG2E = 1.4426950408889634   # exp(x) = exp2(x * LOG2E), and exp2 is one instruction
@@ -116,7 +119,7 @@ def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
 
     What a decode costs is reading K and V once, so a long one is read in place: its blocks, if they are neighbours in
     the pool, are one view [K, keys, D]. Other keys are gathered first. Short decodes share a call: two products around
-    a softmax, which for a row per head take less time than the fused kernel.
+    a softmax, which for a row per head take less time than the fused kernel. A verification is n rows in place of one.
 
     The fused kernel cannot read bytes either: what a call reads of a pool of int8 is widened first. So on a CPU INT8
     saves memory and no time: a decode step is slower than in float32, with a short context and with a long one.
@@ -128,17 +131,18 @@ def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
         if k_scale_KNS is not None:
             k_BKTD = k_BKTD.to(q_THD.dtype).mul_(call.read(k_scale_KNS[..., None]))
             v_BKTD = v_BKTD.to(q_THD.dtype).mul_(call.read(v_scale_KNS[..., None]))
-        q_TKGD = q_THD[call.rows].view(-1, K, H // K, D)
-        if call.decodes:    # B requests of one token: the G query heads that share a KV head are its rows
-            if len(k_BKTD) > 1:
-                o_TKGD = torch.matmul(q_TKGD * scale, k_BKTD.mT).add_(call.mask).softmax(-1) @ v_BKTD
-            else:
-                o_TKGD = scaled_dot_product_attention(q_TKGD, k_BKTD, v_BKTD, call.mask, scale=scale)
-        else:               # B = 1, and every KV head is seen G times
+        q_TKGD, n = q_THD[call.rows].view(-1, K, H // K, D), call.tokens
+        if not n:           # one long chunk, and every KV head is seen G times
             k_KGTD, v_KGTD = (x.transpose(0, 1).expand(-1, H // K, -1, -1) for x in (k_BKTD, v_BKTD))
-            o_TKGD = scaled_dot_product_attention(q_TKGD.permute(1, 2, 0, 3), k_KGTD, v_KGTD, call.mask, scale=scale,
-                                                  is_causal=call.mask is None).permute(2, 0, 1, 3)
-        return o_TKGD.flatten(1, 2)
+            o_KGTD = scaled_dot_product_attention(q_TKGD.permute(1, 2, 0, 3), k_KGTD, v_KGTD, call.mask, scale=scale,
+                                                  is_causal=call.mask is None)
+            return o_KGTD.permute(2, 0, 1, 3).flatten(1, 2)
+        q_BKRD = q_TKGD if n == 1 else q_TKGD.unflatten(0, (-1, n)).transpose(1, 2).flatten(2, 3)   # R = n x G
+        if len(k_BKTD) > 1:
+            o_BKRD = torch.matmul(q_BKRD * scale, k_BKTD.mT).add_(call.mask).softmax(-1) @ v_BKTD
+        else:
+            o_BKRD = scaled_dot_product_attention(q_BKRD, k_BKTD, v_BKTD, call.mask, scale=scale)
+        return (o_BKRD if n == 1 else o_BKRD.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)).flatten(1, 2)
 
     calls = batch.once(("torch", window), lambda: plan_torch(batch, H, k_KNSD, window, q_THD.dtype))
     if len(calls) == 1:
@@ -150,11 +154,11 @@ def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
 
 
 class Call(NamedTuple):
-    """Some requests of a step that share a call: decodes, or the chunk of one request."""
-    rows: slice | Tensor     # their query rows
-    decodes: bool            # one row each
+    """Some requests of a step that share a call: short chunks of as many tokens each, or one longer chunk."""
+    rows: slice | Tensor     # their rows of q
+    tokens: int              # of each short chunk; 0: it is a longer one
     keys: slice | Tensor     # where their keys are: neighbouring slots, or rows [B, K, keys] of the pool as [K N S, D]
-    mask: Tensor | None      # added to the scores; None: a decode sees all keys, a prompt sees those up to its own
+    mask: Tensor | None      # added to the scores; None: a decode sees all keys, a prompt those up to its own
 
     def read(self, pool_KNSD: Tensor) -> Tensor:
         """Their K or V, [B, K, keys, D], or the scales of these as [K, N, S, 1]."""
@@ -170,18 +174,18 @@ IN_PLACE = 400_000   # bytes of K and V. To gather fewer takes less than the 15 
 def plan_torch(batch: Batch, H: int, k_KNSD: Tensor, window: int | None, dtype: torch.dtype) -> list[Call]:
     """The calls that attend to the whole step, for queries of this dtype.
 
-    A chunk has a call of its own. So has a long decode whose keys are neighbours, if they are float32: what the fused
-    kernel takes longer for in 16 bits pays for gathering them. The other decodes share a call with those of about their
-    length: one call for up to 127 keys, one for 128 to 255, one for 256 to 511, and so on.
+    A long chunk has a call of its own. So has a short one with many keys that are neighbours, if they are float32: what
+    the fused kernel takes longer for in 16 bits pays for gathering them. The others share a call with those of as many
+    tokens and about as many keys: one call for up to 127 keys, one for 128 to 255, and so on. (16 verifications of 5
+    tokens, 9 heads on 3 of size 64: with 64 to 127 keys 474 us in one call, 916 in 16; with 100 to 500 2,471, 1,930.)
     """
     (K, _, S, D), groups = k_KNSD.shape, defaultdict(list)
-    long = IN_PLACE // (2 * K * D * k_KNSD.element_size())
-    for b in range(batch.num_decodes):
-        count = batch.lens[b] - first_key(batch, b, window)
-        alone = k_KNSD.dtype == torch.float32 and count > long and in_place(batch, b, window, S)
-        groups[-b if alone else max(7, count.bit_length())].append(b)
-    requests = [*groups.values(), *([b] for b in range(batch.num_decodes, len(batch.chunks)))]
-    return [plan_call(batch, H, k_KNSD, some, window, dtype) for some in requests]
+    many = IN_PLACE // (2 * K * D * k_KNSD.element_size())
+    for b, chunk in enumerate(batch.chunks):
+        n, count = len(chunk.tokens), batch.lens[b] - first_key(batch, b, window)
+        alone = n > SHORT or k_KNSD.dtype == torch.float32 and count > many and in_place(batch, b, window, S)
+        groups[n, -b if alone else max(7, count.bit_length())].append(b)
+    return [plan_call(batch, H, k_KNSD, some, window, dtype) for some in groups.values()]
 
 
 def first_key(batch: Batch, b: int, window: int | None) -> int:
@@ -200,36 +204,36 @@ def in_place(batch: Batch, b: int, window: int | None, S: int) -> slice | None:
 
 def plan_call(batch: Batch, H: int, k_KNSD: Tensor, requests: list[int], window: int | None,
               dtype: torch.dtype) -> Call:
-    """One call for these decodes, or for this one chunk.
+    """One call for these short chunks of as many tokens each, or for this one longer chunk.
 
     Two decodes of 3 and 5 keys: the first has its last key three times, so that both have 5, and a mask hides two:
         keys      [[0, 1, 2, 2, 2], [0, 1, 2, 3, 4]]
         distance  [[2, 1, 0, -1, -2], [4, 3, 2, 1, 0]]     seen where it is 0 or more, and less than the window
     """
     (K, N, S, _), device, b = k_KNSD.shape, k_KNSD.device, requests[0]
-    decodes = b < batch.num_decodes
+    short = (n := len(batch.chunks[b].tokens)) <= SHORT
     if requests == list(range(b, b + len(requests))):
         rows = slice(batch.starts[b], batch.starts[b + len(requests)])
     else:
-        rows = torch.tensor(requests, device=device)   # request b's only row is row b
+        rows = torch.tensor([batch.starts[b] + t for b in requests for t in range(n)], device=device)
     slots = in_place(batch, b, window, S) if len(requests) == 1 else None
-    all_seen = decodes or batch.chunks[b].start == 0 and not window
-    if slots and all_seen and not bias:
-        return Call(rows, decodes, slots, None)
+    if slots and not bias and (n == 1 or not short and batch.chunks[b].start == 0 and not window):
+        return Call(rows, n * short, slots, None)
 
     firsts = [first_key(batch, b, window) for b in requests]
     most = max(batch.lens[b] - first for b, first in zip(requests, firsts))
     keys_BT = torch.tensor(firsts, device=device)[:, None] + torch.arange(most, device=device)
-    distance = batch.positions_T[rows].view(len(requests), 1, -1, 1) - keys_BT[:, None, None]   # [B, 1, rows, keys]
+    distance = batch.positions_T[rows].view(len(requests), 1, 1, -1, 1) - keys_BT[:, None, None, None]
+    heads = torch.arange(H, device=device).view(1, K, -1, 1, 1)
     seen = (distance >= 0) & (distance < (window or N * S))
-    heads = torch.arange(H, device=device).view((K, -1, 1) if decodes else (K, -1, 1, 1))
-    mask = torch.where(seen, bias(heads, distance) if bias else 0.0, -torch.inf).to(dtype)
+    mask = torch.where(seen, bias(heads, distance) if bias else 0.0, -torch.inf).to(dtype)   # [B, K, G, n, keys] or 1s
+    mask = mask.transpose(2, 3).expand(-1, -1, -1, H // K if n > 1 else -1, -1).flatten(2, 3) if short else mask[0]
     if slots:
-        return Call(rows, decodes, slots, mask)
+        return Call(rows, n * short, slots, mask)
     keys_BT = keys_BT.minimum(batch.kv_lens[requests, None] - 1)
     tables_BM = batch.block_tables_UM[batch.table_rows[requests], :-(-max(batch.lens[b] for b in requests) // S)]
     slots_BT = tables_BM.gather(1, keys_BT // S) * S + keys_BT % S
-    return Call(rows, decodes, slots_BT[:, None] + torch.arange(0, K * N * S, N * S, device=device)[:, None], mask)
+    return Call(rows, n * short, slots_BT[:, None] + torch.arange(0, K * N * S, N * S, device=device)[:, None], mask)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -374,8 +378,7 @@ def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tabl
         whole = tl.cdiv(tl.maximum(0, stop - WINDOW), TILE) * TILE
     diagonal = tl.maximum(whole, (first_position + 1) // TILE * TILE)
 
-    k_ptr += kv_head * head_stride
-    v_ptr += kv_head * head_stride
+    k_ptr, v_ptr = k_ptr + kv_head * head_stride, v_ptr + kv_head * head_stride
     if k_scale_ptr is not None:
         k_scale_ptr += kv_head * (head_stride // D)
         v_scale_ptr += kv_head * (head_stride // D)
@@ -394,62 +397,68 @@ def _prefill_kernel(q_ptr, out_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tabl
 
 @jit
 def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
-                   tables_ptr, kv_lens_ptr, work_ptr, q_stride, head_stride, scale,
+                   tables_ptr, query_starts_ptr, kv_lens_ptr, work_ptr, q_stride, head_stride, longest, scale,
                    S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
                    ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr):
-    """One split of one request's keys for the G query heads of one KV head; the last split to finish merges all.
+    """One split of one request's keys for the n G query rows of one KV head; the last split to finish merges all.
 
-    Cost: 4 * G * keys * D operations for 2 * keys * D elements of K and V, each used once: G operations per
-    byte in two-byte types. Bound: bandwidth; the matrix units idle, and half-empty tiles (G rows of 16) are free.
+    Cost: for a decode, 4 * G * keys * D operations for 2 * keys * D elements of K and V, each used once: G
+    operations per byte in two-byte types. Bound: bandwidth; the matrix units idle, and half-empty tiles (G rows of
+    16) are free. A verification of n drafts reads the same bytes: (n + 1) G operations per byte.
     Splits: one row cannot fill a machine, so the step's keys are shared out evenly over its multiprocessors.
     Two partial answers merge by the recurrence of online softmax, with splits in the place of keys, so the
     result is the same up to rounding. Made for any batch and length; loses where splits are so short that
     leaving o, m and l in memory costs as much as the keys.
     """
-    work = tl.program_id(0)
+    work, kv_head = tl.program_id(0), (tl.program_id(1) % (H // G)).to(tl.int64)
     b = tl.load(work_ptr + 6 * work)
     if b >= 0:   # the list is as long as it can get, not as long as it is
         table_ptr = tables_ptr + tl.load(work_ptr + 6 * work + 1)
         start, stop = tl.load(work_ptr + 6 * work + 2), tl.load(work_ptr + 6 * work + 3)
         first, splits = tl.load(work_ptr + 6 * work + 4), tl.load(work_ptr + 6 * work + 5)
-        kv_head, kv_len = tl.program_id(1).to(tl.int64), tl.load(kv_lens_ptr + b).to(tl.int32)
-        row, d = tl.arange(0, ROWS), tl.arange(0, D_PAD)
-        head = kv_head * G + row
-        live_R, live_RD = row < G, (row < G)[:, None] & (d < D)[None, :]
-        at_RD = head[:, None] * D + d[None, :]
-        q_RD = tl.load(q_ptr + b.to(tl.int64) * q_stride + at_RD, mask=live_RD, other=0.0)
-        position_R = tl.zeros([ROWS], tl.int32) + kv_len - 1
-        k_ptr += kv_head * head_stride
-        v_ptr += kv_head * head_stride
+        row_start, kv_len = tl.load(query_starts_ptr + b), tl.load(kv_lens_ptr + b).to(tl.int32)
+        q_len = (tl.load(query_starts_ptr + b + 1) - row_start).to(tl.int32)
+        first_row = tl.program_id(1) // (H // G) * ROWS
+        row, d = first_row + tl.arange(0, ROWS), tl.arange(0, D_PAD)
+        token, head = row // G, row % G
+        live_R, live_RD, at_R = token < q_len, (token < q_len)[:, None] & (d < D)[None, :], token * H + head
+        at_RD = at_R[:, None] * D + d[None, :]
+        q_ptr += row_start * q_stride + kv_head * G * D
+        q_RD = tl.load(q_ptr + (token * q_stride + head * D)[:, None] + d[None, :], mask=live_RD, other=0.0)
+        stop = tl.where(first_row < q_len * G, stop, start)   # where only a longer chunk has rows, nothing is read
+        k_ptr, v_ptr = k_ptr + kv_head * head_stride, v_ptr + kv_head * head_stride
         if k_scale_ptr is not None:
             k_scale_ptr += kv_head * (head_stride // D)
             v_scale_ptr += kv_head * (head_stride // D)
         o_RD, m_R, l_R = _start(ROWS, D_PAD)
-        o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, head,
-                                position_R, start, stop, kv_len, scale, S, D, D_PAD, TILE, WINDOW, True)
+        o_RD, m_R, l_R = _sweep(o_RD, m_R, l_R, q_RD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr,
+                                kv_head * G + head, kv_len - q_len + token, start, stop, kv_len, scale,
+                                S, D, D_PAD, TILE, WINDOW, True)
         finished = True
         if splits > 1:
-            tl.store(o_ptr + work * H * D + at_RD, o_RD, mask=live_RD)
-            tl.store(m_ptr + work * H + head, m_R, mask=live_R)
-            tl.store(l_ptr + work * H + head, l_R, mask=live_R)
+            size, from_head = longest * H, kv_head * G   # rows of a partial answer, and the first of this head
+            o_ptr, m_ptr, l_ptr = o_ptr + from_head * D, m_ptr + from_head, l_ptr + from_head
+            tl.store(o_ptr + work * size * D + at_RD, o_RD, mask=live_RD)
+            tl.store(m_ptr + work * size + at_R, m_R, mask=live_R)
+            tl.store(l_ptr + work * size + at_R, l_R, mask=live_R)
             tl.debug_barrier()   # all threads have stored before one of them says so
-            counter = arrived_ptr + b * (H // G) + kv_head
+            counter = arrived_ptr + b * tl.num_programs(1) + tl.program_id(1)
             finished = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
             if finished:
                 tl.store(counter, 0)   # ready for the next layer
                 o_RD, m_R, l_R = _start(ROWS, D_PAD)
                 for part in tl.range(first, first + splits, loop_unroll_factor=4):   # several loads in flight
-                    o_part = tl.load(o_ptr + part * H * D + at_RD, mask=live_RD, other=0.0, cache_modifier=".cg")
-                    m_part = tl.load(m_ptr + part * H + head, mask=live_R, other=0.0, cache_modifier=".cg")
-                    l_part = tl.load(l_ptr + part * H + head, mask=live_R, other=1.0, cache_modifier=".cg")
-                    m_new = tl.maximum(m_R, m_part)
+                    o_part = tl.load(o_ptr + part * size * D + at_RD, mask=live_RD, other=0.0, cache_modifier=".cg")
+                    m_part = tl.load(m_ptr + part * size + at_R, mask=live_R, other=0.0, cache_modifier=".cg")
+                    l_part = tl.load(l_ptr + part * size + at_R, mask=live_R, other=1.0, cache_modifier=".cg")
+                    m_new = tl.maximum(tl.maximum(m_R, m_part), -1e38)   # no -inf: a row may see none of a split's keys
                     old, new = tl.exp2(m_R - m_new), tl.exp2(m_part - m_new)
                     o_RD = o_RD * old[:, None] + o_part * new[:, None]
                     l_R = l_R * old + l_part * new
                     m_R = m_new
         if finished:
             out_RD = (o_RD / tl.where(l_R > 0, l_R, 1.0)[:, None]).to(out_ptr.dtype.element_ty)   # idle: 0
-            tl.store(out_ptr + b * H * D + at_RD, out_RD, mask=live_RD)
+            tl.store(out_ptr + (row_start * H + kv_head * G) * D + at_RD, out_RD, mask=live_RD)
 
 
 @jit
@@ -487,27 +496,30 @@ def _write_kv_kernel(k_ptr, v_ptr, k_pool_ptr, v_pool_ptr, k_scale_ptr, v_scale_
 def attention_triton(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch, scale: float,
                      window: int | None = None, k_scale_KNS: Tensor | None = None,
                      v_scale_KNS: Tensor | None = None) -> Tensor:
-    """Attention by the kernels above: one launch for the decodes, one for the prompts.
+    """Attention by the kernels above: one launch for the short chunks, one for the others.
 
     q_THD may be a view with a row stride of its own; heads and D must be contiguous.
     """
     load_triton()
     (_, H, D), (K, N, S, _), device = q_THD.shape, k_KNSD.shape, q_THD.device
-    G, n = H // K, batch.num_decodes
+    G, short = H // K, batch.once("short", lambda: [len(c.tokens) for c in batch.chunks if len(c.tokens) <= SHORT])
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=device)
     # tl.dot wants powers of two, and at least 16 of everything.
     shape = dict(S=S, H=H, G=G, D=D, D_PAD=max(16, triton.next_power_of_2(D)), WINDOW=window or 0)
 
-    if n:
-        ROWS, options = max(16, triton.next_power_of_2(G)), decode_options(D, q_THD.dtype)
+    if short:
+        longest, some = max(short), 4 * multiprocessors_of(device) // K   # splits that leave partial answers, at most
+        options = decode_options(D, longest * G, q_THD.dtype)
+        programs = K * triton.cdiv(longest * G, options["ROWS"])
         work = batch.table(("splits", window), lambda batch: share_out(batch, K, window, options["TILE"], device))
         o, m, l, arrived = batch.once("partial answers", lambda: (
-            torch.empty(len(work), H, D, device=device), *torch.empty(2, len(work), H, device=device),
-            torch.zeros(n * K, dtype=torch.int32, device=device)))
-        _decode_kernel[(len(work), K)](
+            torch.empty(some, longest, H, D, device=device), *torch.empty(2, some, longest, H, device=device),
+            torch.zeros(len(batch.chunks) * programs, dtype=torch.int32, device=device)))
+        _decode_kernel[(len(work), programs)](
             q_THD, out_THD, o, m, l, arrived, k_KNSD, v_KNSD, k_scale_KNS, v_scale_KNS, batch.block_tables_UM,
-            batch.kv_lens, work, q_THD.stride(0), N * S * D, scale * LOG2E, **shape, ROWS=ROWS, **options)
-    if n < len(batch.chunks):
+            batch.query_starts, batch.kv_lens, work, q_THD.stride(0), N * S * D, longest, scale * LOG2E,
+            **shape, **options)
+    if len(short) < len(batch.chunks):
         options = prefill_options(D, G, q_THD.dtype, capability_of(device))
         work = batch.table("prompts", lambda batch: cut_prompts(batch, options["ROWS"] // G))
         _prefill_kernel[(len(work), K)](
@@ -529,12 +541,15 @@ def prefill_options(D: int, G: int, dtype: torch.dtype, capability: int) -> dict
     return dict(ROWS=max(128, least), TILE=64 if direct or D <= 64 else 32, num_warps=8, num_stages=PIPELINE)
 
 
-def decode_options(D: int, dtype: torch.dtype) -> dict:
-    """Tile and launch shape of decode: at most 16 KiB of K a tile, and registers few enough to fit several programs."""
+def decode_options(D: int, rows: int, dtype: torch.dtype) -> dict:
+    """Tile and launch shape for short chunks of so many query rows: at most 16 KiB of K a tile, and registers few
+    enough to fit several programs. More rows than fit are served by several programs, which read the same keys."""
+    ROWS, D = (max(16, triton.next_power_of_2(x)) for x in (rows, D))
     if INTERPRETED:
-        return dict(TILE=32)
-    row = max(16, triton.next_power_of_2(D)) * dtype.itemsize
-    return dict(TILE=min(64, 16384 // row), num_warps=4, num_stages=PIPELINE)
+        return dict(ROWS=min(32, ROWS), TILE=32)
+    ROWS = min(16 if dtype == torch.float32 else 8192 // D, ROWS)   # float32 has no matrix units
+    return dict(ROWS=ROWS, TILE=min(64, 16384 // (D * dtype.itemsize)), num_stages=PIPELINE,
+                num_warps=8 if ROWS * D > 4096 else 4)
 
 
 @cache
@@ -551,10 +566,10 @@ def multiprocessors_of(device: torch.device) -> int:
 
 
 def share_out(batch: Batch, K: int, window: int | None, TILE: int, device: torch.device) -> list[tuple[int, ...]]:
-    """The step's decodes, cut into splits. A row per split: request, where its block table begins, start and stop of
-    its keys, its request's first split and number of splits.
+    """The step's short chunks, cut into splits. A row per split: request, where its block table begins, start and stop
+    of its keys, its request's first split and number of splits.
 
-    All tiles of keys of all decodes are shared out over two programs per multiprocessor, of which one computes while
+    All tiles of keys of all chunks are shared out over two programs per multiprocessor, of which one computes while
     the other waits for memory: a long request gets many splits, a large batch of short ones gets one each. With 4
     multiprocessors, K = 2 and requests of 10 and 3 tiles that is 13 * 2 tiles for 8 programs, 4 tiles a split: the
     requests get 3 splits (of 3, 3 and 4 tiles) and 1, for both KV heads 8 programs. No batch size changes the rule, as
@@ -562,30 +577,29 @@ def share_out(batch: Batch, K: int, window: int | None, TILE: int, device: torch
 
     A graph needs as many rows in every step of so many requests, so rows of nobody (-1) fill the list up to the most
     that there can be. If every split were full, there would be tiles / per_split of them, which is 2 * processors / K
-    at most. Each request has one split that is not full, so the rest is one for each.
+    at most. Each request has one that is not full, so the rest is one for each. Requests of several splits come first:
+    only they leave partial answers, 4 * processors / K at most.
     """
-    processors, lens = multiprocessors_of(device), batch.lens[:batch.num_decodes]
-    begins = [max(0, length - window) // TILE * TILE if window else 0 for length in lens]
-    tiles = [-(-(length - begin) // TILE) for begin, length in zip(begins, lens)]
-    per_split = max(1, -(-sum(tiles) * K // (2 * processors)))
-    work = []
-    for b, (begin, count, length) in enumerate(zip(begins, tiles, lens)):
+    requests = [b for b, chunk in enumerate(batch.chunks) if len(chunk.tokens) <= SHORT]
+    begins = [first_key(batch, b, window) // TILE * TILE for b in requests]
+    tiles = [-(-(batch.lens[b] - begin) // TILE) for b, begin in zip(requests, begins)]
+    programs, work = 2 * multiprocessors_of(device), []
+    per_split = max(1, -(-sum(tiles) * K // programs))
+    for b, begin, count in sorted(zip(requests, begins, tiles), key=lambda request: request[2] <= per_split):
         splits = max(1, -(-count // per_split))   # an idle request has no tile: its split writes zeros
-        cuts = [begin + TILE * (count * i // splits) for i in range(splits)] + [length]
+        cuts = [begin + TILE * (count * i // splits) for i in range(splits)] + [batch.lens[b]]
         table = batch.chunks[b].row * batch.block_tables_UM.shape[1]
         work += [(b, table, *cuts[i:i + 2], len(work), splits) for i in range(splits)]
-    most = 2 * processors // K + len(lens)
-    return work + [(-1, 0, 0, 0, 0, 0)] * (most - len(work))
+    return work + [(-1, 0, 0, 0, 0, 0)] * (programs // K + len(requests) - len(work))
 
 
 def cut_prompts(batch: Batch, tokens_per_tile: int) -> list[tuple[int, ...]]:
-    """The tiles of query rows of the step's prompts: request, where its block table begins, first token. Those that
-    see most keys come first: the others fill the gaps that they leave."""
+    """The tiles of query rows of the step's longer chunks: request, where its block table begins, first token. Those
+    that see most keys come first: the others fill the gaps that they leave."""
     work = []
-    for b in range(batch.num_decodes, len(batch.chunks)):
-        chunk = batch.chunks[b]
-        table = chunk.row * batch.block_tables_UM.shape[1]
-        work += [(chunk.start + first, b, table, first) for first in range(0, len(chunk.tokens), tokens_per_tile)]
+    for b, chunk in enumerate(batch.chunks):
+        table, n = chunk.row * batch.block_tables_UM.shape[1], len(chunk.tokens)
+        work += [(chunk.start + first, b, table, first) for first in range(0, n * (n > SHORT), tokens_per_tile)]
     return [tile for _, *tile in sorted(work, reverse=True)]
 
 

@@ -842,8 +842,10 @@ def test_explanation_gives_the_tokens_slots_cost_and_choice_of_each_step(monkeyp
         cost = step_cost(llm.config, [(3, 0) if step == 1 else (1, step + 1)], 4)
         assert line.startswith(f"{cost.flops / 1e6:.1f} MFLOP / {cost.bytes / 1e6:.2f} MB = ") and "below the machine's 25: memory-bound" in line
         assert f"{cost.bytes / 2e10 * 1e3:.2f} ms" in line
-    words = {"torch": ["prefill, 2 KV heads, 3 x 3 query rows each", "1 decode, 2 KV heads, 3 query rows each", "in place"],
-             "triton": ["1 tiles of 32 rows (10 tokens x 3 query heads) x 2 KV heads", "1 splits of keys for 1 requests"]}
+    words = {"torch": ["1 short chunk of 3 tokens, which reads the keys as a decode does, 2 KV heads, 3 x 3 query rows each",
+                       "1 decode, 2 KV heads, 3 query rows each", "in place"],
+             "triton": ["1 splits of keys for 1 requests, to fill 4 multiprocessors, x 2 KV heads; each runs its 3 query heads against tiles of 32 keys",
+                        "each runs the 3 query heads of its tokens, 3 at most, against tiles of 32 keys"]}
     assert all(word in text for word in words[backend]) and max(map(len, "\n".join(lines).split("\n"))) <= 110
 
 

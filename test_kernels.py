@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import kernels
-from batch import IDLE, Chunk, make_batch
+from batch import EMPTY, IDLE, Chunk, Graphs, make_batch
 from paged_kv import BlockTable, KVPool
+from reference import repeat
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,12 +64,12 @@ def in_127_steps(x):
     return np.rint(x / np.where(scales > 0, scales, 1)[..., None]).astype(np.int8), scales
 
 
-def paged(requests, S, K, D, dtype, seed, logits=1, int8=False):
+def paged(requests, S, K, D, dtype, seed, int8=False):
     """Requests of (query tokens, past) as numpy q, k, v each, and as a batch over a pool with shuffled blocks
     in which every slot that no request owns is NaN. The pool is K, V and, with int8, the scales of K and of V; then k and
     v are what its bytes and scales stand for."""
     rng = np.random.default_rng(seed)
-    requests = sorted(requests, key=lambda r: r[0] > 1)
+    requests = sorted(requests, key=lambda r: r[0])
     need = [-(-(n + past) // S) for n, past in requests]
     shuffled = rng.permutation(sum(need) + 2).tolist()
     pools = [torch.full((K, len(shuffled), S, D), -128 if int8 else math.nan, dtype=torch.int8 if int8 else dtype) for _ in "kv"]
@@ -83,12 +84,13 @@ def paged(requests, S, K, D, dtype, seed, logits=1, int8=False):
             k, v = (torch.from_numpy(x * scale[..., None].astype(np.float64)) for x, scale in ((k, k_scale), (v, v_scale)))
         for t, (pool, row) in itertools.product(range(n + past), zip(pools, rows)):
             pool[:, table[t // S], t % S] = row[t]
-        chunks.append(Chunk([0] * n, past, table, logits))
+        chunks.append(Chunk([0] * n, past, table))
         dense.append((k.double().numpy(), v.double().numpy()))
     return chunks, dense, *(pool.to(DEVICE) for pool in pools)
 
 
-ragged = st.lists(st.tuples(st.one_of(st.just(1), st.integers(1, 70)), st.integers(0, 90)), min_size=1, max_size=4)
+# Decodes, verifications and longer chunks
+ragged = st.lists(st.tuples(st.one_of(st.just(1), st.integers(2, 16), st.integers(17, 70)), st.integers(0, 90)), min_size=1, max_size=4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -116,22 +118,22 @@ def test_kernel_equals_dense_attention(poisoned, backend, requests, heads, D, S,
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_kernel_holds_when_scores_differ_by_hundreds(poisoned, backend):
     """Without the running max, exp overflows; without the rescale, early keys keep a weight that they lost."""
-    chunks, dense, pool_k, pool_v = paged([(1, 199), (40, 60)], 8, 1, 16, torch.float32, 0)
+    chunks, dense, pool_k, pool_v = paged([(1, 199), (5, 140), (40, 60)], 8, 1, 16, torch.float32, 0)
     batch = make_batch(chunks, 8, DEVICE)
-    q = torch.from_numpy(np.random.default_rng(1).standard_normal((41, 2, 16))).float()
+    q = torch.from_numpy(np.random.default_rng(1).standard_normal((46, 2, 16))).float()
     out = kernels.ATTENTION[backend](q.to(DEVICE), pool_k, pool_v, batch, 100.0).double().cpu().numpy()
-    for rows, (k, v) in zip((slice(0, 1), slice(1, 41)), dense):
+    for rows, (k, v) in zip((slice(0, 1), slice(1, 6), slice(6, 46)), dense):
         np.testing.assert_allclose(out[rows], dense_attention(q[rows].double().numpy(), k, v, 100.0, None), atol=1e-3)
 
 
 @settings(max_examples=60)
-@given(lens=st.lists(st.tuples(st.one_of(st.just(1), st.integers(2, 40)), st.integers(0, 200)), min_size=1, max_size=6),
+@given(lens=st.lists(st.tuples(st.sampled_from([1, 1, 2, 5, 5, 16, 17, 40]), st.integers(0, 200)), min_size=1, max_size=6),
        heads=st.sampled_from([(4, 4), (6, 2), (5, 1)]), S=st.sampled_from([1, 4, 16]), alibi=st.booleans(),
        window=st.one_of(st.none(), st.integers(1, 150)), in_place=st.sampled_from([0, 40_000, 10 ** 9]),
        int8=st.booleans(), seed=st.integers(0, 99))
 def test_torch_reads_neighbouring_blocks_in_place_and_gathers_others(poisoned, lens, heads, S, alibi, window, in_place, int8, seed):
     (H, K), D, rng = heads, 16, np.random.default_rng(seed)
-    requests = sorted(lens, key=lambda r: r[0] > 1)
+    requests = sorted(lens, key=lambda r: r[0])
     need = [-(-(n + past) // S) for n, past in requests]
     k_KNSD, v_KNSD = torch.full((2, K, sum(need) + len(need), S, D), math.nan)
     scales = torch.full((2, K, sum(need) + len(need), S), math.nan) if int8 else ()
@@ -168,7 +170,7 @@ def test_torch_reads_neighbouring_blocks_in_place_and_gathers_others(poisoned, l
 
 def test_torch_serves_many_short_decodes_in_few_calls_and_a_long_one_in_place():
     """How many calls attention makes and what it copies, by what PyTorch itself is asked to do."""
-    def calls(lens, dtype=torch.float32):
+    def calls(lens, dtype=torch.float32, tokens=1):
         asked = []
 
         class Watch(torch.overrides.TorchFunctionMode):
@@ -178,17 +180,19 @@ def test_torch_serves_many_short_decodes_in_few_calls_and_a_long_one_in_place():
 
         need, at, chunks = [-(-length // 16) for length in lens], 0, []
         for length, blocks in zip(lens, need):
-            chunks.append(Chunk([0], length - 1, list(range(at, at + blocks))))
+            chunks.append(Chunk([0] * tokens, length - tokens, list(range(at, at + blocks))))
             at += blocks
-        pool, q = torch.zeros(3, at, 16, 64, dtype=dtype), torch.zeros(len(lens), 9, 64, dtype=dtype)
+        pool, q = torch.zeros(3, at, 16, 64, dtype=dtype), torch.zeros(len(lens) * tokens, 9, 64, dtype=dtype)
         with Watch():
             kernels.attention_torch(q, pool, pool, make_batch(chunks, 16), 0.1)
         return tuple(map(asked.count, ("softmax", "scaled_dot_product_attention", "index_select")))
     mixed = [8 + 7 * i for i in range(32)]                       # 8 to 225 tokens
-    assert calls(mixed) == (2, 0, 4)                       # up to 127 in one call, the others in another
-    assert calls([4096]) == (0, 1, 0)                      # read where it is
-    assert calls([4096, 8000, 30, 31]) == (1, 2, 2)
-    assert calls([4096, 9000, 30, 31, 4097], torch.bfloat16) == (2, 1, 4)   # in 16 bits together where two are as long
+    for tokens in (1, 5, 8):
+        assert calls(mixed, tokens=tokens) == (2, 0, 4)                # up to 127 in one call, the others in another
+        assert calls([4096], tokens=tokens) == (0, 1, 0)               # read where it is
+        assert calls([4096, 8000, 30, 31], tokens=tokens) == (1, 2, 2)
+        assert calls([4096, 9000, 30, 31, 4097], torch.bfloat16, tokens) == (2, 1, 4)   # in 16 bits together where two are as long
+    assert calls([40, 40, 50], tokens=17) == (0, 3, 0)   # each a call, but they are no short chunks
 
 
 def attend(backend, requests, window, S=8, heads=(4, 2), D=16, seed=0, batch=None, int8=False):
@@ -199,7 +203,7 @@ def attend(backend, requests, window, S=8, heads=(4, 2), D=16, seed=0, batch=Non
     out = kernels.ATTENTION[backend](q.to(DEVICE), pool_k, pool_v, batch, 0.3, window, *scales).double().cpu().numpy()
     worst = 0.0
     for rows, (k, v) in zip(map(slice, batch.starts, batch.starts[1:]), dense):
-        worst = max(worst, abs(out[rows] - dense_attention(q[rows].double().numpy(), k, v, 0.3, window)).max())
+        worst = np.maximum(worst, abs(out[rows] - dense_attention(q[rows].double().numpy(), k, v, 0.3, window)).max())   # NaN stays
     return worst, batch
 
 
@@ -207,10 +211,10 @@ def attend(backend, requests, window, S=8, heads=(4, 2), D=16, seed=0, batch=Non
 def test_kernel_with_a_window_at_every_offset_to_the_tiles(poisoned, backend):
     """A window begins at any place within a tile of 32 keys, and the first row's is not the last row's."""
     for past in range(60, 92):
-        worst, _ = attend(backend, [(1, past), (9, past + 17)], window=29, heads=(2, 1), int8=past % 2 == 0)
+        worst, _ = attend(backend, [(1, past), (9, past + 17), (20, past + 6)], window=29, heads=(2, 1), int8=past % 2 == 0)
         assert worst < 1e-5, past
     for window in range(1, 70, 3):
-        worst, _ = attend(backend, [(1, 70), (40, 31)], window, heads=(2, 1), int8=window % 2 == 0)
+        worst, _ = attend(backend, [(1, 70), (5, 50), (40, 31)], window, heads=(2, 1), int8=window % 2 == 0)
         assert worst < 1e-5, window
 
 
@@ -226,42 +230,112 @@ def test_layers_with_windows_of_their_own_share_a_step(poisoned, backend):
 
 
 @settings(max_examples=200)
-@given(lens=st.lists(st.integers(0, 5000), min_size=1, max_size=40), K=st.integers(1, 71), processors=st.integers(1, 150),
-       window=st.one_of(st.none(), st.integers(1, 300)), TILE=st.sampled_from([16, 32, 64]))
-def test_splits_cover_every_key_once_in_a_table_whose_length_the_number_of_requests_gives(lens, K, processors, window, TILE):
-    batch = types.SimpleNamespace(lens=lens, num_decodes=len(lens), block_tables_UM=np.zeros((1, 9)),
-                                  chunks=[types.SimpleNamespace(row=3 * b) for b in range(len(lens))])
+@given(requests=st.lists(st.tuples(st.sampled_from([0, 1, 1, 1, 2, 5, 16, 17, 99]), st.integers(0, 5000)), min_size=1, max_size=40),
+       K=st.integers(1, 71), processors=st.integers(1, 150), window=st.one_of(st.none(), st.integers(1, 300)), TILE=st.sampled_from([16, 32, 64]))
+def test_splits_cover_every_key_once_in_a_table_whose_length_the_number_of_requests_gives(requests, K, processors, window, TILE):
+    """Requests of (query tokens, past); without a token, one of nobody."""
+    requests = [(n, past * (n > 0)) for n, past in requests]
+    batch = types.SimpleNamespace(lens=[past + n for n, past in requests], block_tables_UM=np.zeros((1, 9)),
+                                  chunks=[types.SimpleNamespace(row=3 * b, tokens=[0] * n, start=past) for b, (n, past) in enumerate(requests)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "multiprocessors_of", lambda device: processors)
         table = kernels.share_out(batch, K, window, TILE, None)
-    assert len(table) == 2 * processors // K + len(lens)
+    short = [b for b, (n, _) in enumerate(requests) if n <= 16]
+    assert len(table) == 2 * processors // K + len(short)
     work = [row for row in table if row[0] >= 0]
-    assert table[len(work):] == [(-1, 0, 0, 0, 0, 0)] * (len(table) - len(work))
-    for b, length in enumerate(lens):
-        mine = [(i, row) for i, row in enumerate(work) if row[0] == b]
+    assert table[len(work):] == [(-1, 0, 0, 0, 0, 0)] * (len(table) - len(work)) and {row[0] for row in work} == set(short)
+    firsts = {b: max(0, requests[b][1] + 1 - window) // TILE * TILE if window else 0 for b in short}   # of the chunk's first row
+    for b in short:
+        mine, length = [(i, row) for i, row in enumerate(work) if row[0] == b], batch.lens[b]
         assert mine and all(row[1] == 3 * b * 9 and row[4] == mine[0][0] and row[5] == len(mine) for _, row in mine)
+        assert len(mine) == 1 or mine[-1][0] < 4 * processors // K, "there is room for its partial answers"
         cuts = [row[2] for _, row in mine] + [length]
         assert [row[3] for _, row in mine] == cuts[1:] and cuts == sorted(cuts) and all(cut % TILE == 0 for cut in cuts[:-1])
-        first = max(0, length - window) if window else 0
-        assert cuts[0] <= first < cuts[0] + TILE or length == 0
+        assert cuts[0] == firsts[b]
         sizes = [-(-(stop - start) // TILE) for start, stop in zip(cuts, cuts[1:])]
         assert max(sizes) - min(sizes) <= 1, "one long split would keep all others waiting"
-    every = sum(-(-(length - max(0, length - (window or length)) // TILE * TILE) // TILE) for length in lens)
-    largest = max(-(-(row[3] - row[2]) // TILE) for row in work)
+    every = sum(-(-(batch.lens[b] - firsts[b]) // TILE) for b in short)
+    largest = max((-(-(row[3] - row[2]) // TILE) for row in work), default=0)
     assert largest <= max(1, -(-every * K // (2 * processors))), "everyone who can help does"
 
 
 @pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
 def test_an_idle_request_attends_to_nothing_and_its_output_is_zero(poisoned):
-    chunks, dense, pool_k, pool_v = paged([(1, 70), (1, 3)], 8, 2, 16, torch.float32, 0)
-    mixed = make_batch([chunks[0], IDLE, chunks[1], IDLE], 8, DEVICE)
-    q = torch.randn(4, 4, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    """Also where it has several tokens, or none."""
+    chunks, dense, pool_k, pool_v = paged([(1, 70), (4, 80), (1, 3)], 8, 2, 16, torch.float32, 0)
+    mixed = make_batch([chunks[0], IDLE, chunks[1], EMPTY, Chunk([0] * 6, 0, []), chunks[2], IDLE, EMPTY], 8, DEVICE)
+    q = torch.randn(14, 4, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     out = kernels.attention_triton(q, pool_k, pool_v, mixed, 0.3)
-    assert not out[[1, 3]].any()
-    for row, (k, v) in zip((0, 2), dense):
-        np.testing.assert_allclose(out[[row]].double().cpu(), dense_attention(q[[row]].double().cpu().numpy(), k, v, 0.3, None), atol=1e-5)
+    idle = [1, *range(3, 9), 13]
+    assert not out[idle].any() and mixed.slots_T[idle].tolist() == [-1] * 8
+    for rows, (k, v) in zip(([0], [2], [9, 10, 11, 12]), dense):
+        np.testing.assert_allclose(out[rows].double().cpu(), dense_attention(q[rows].double().cpu().numpy(), k, v, 0.3, None), atol=1e-5)
     alone = kernels.attention_triton(q[:2], pool_k, pool_v, make_batch([IDLE, IDLE], 8, DEVICE), 0.3)
     assert not alone.any(), "and a batch of nobody but them"
+
+
+@pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
+@settings(max_examples=8)
+@given(longest=st.integers(1, 16), more=st.integers(0, 6), heads=st.sampled_from([(3, 1), (2, 2)]), int8=st.booleans(),
+       window=st.one_of(st.none(), st.integers(1, 60)), seed=st.integers(0, 999))
+def test_a_replayed_step_equals_the_step_made_directly(poisoned, longest, more, heads, int8, window, seed):
+    """Decodes and verifications: two steps of as many tokens, with a longest chunk as long, are replayed by one graph.
+    It writes K and V into the slots of their tokens alone, and what it computes for nobody is finite."""
+    (H, K), D, S, T, rng = heads, 8, 4, longest + more, random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    q_P, k_P, v_P = (torch.randn(400, h, D, generator=generator).to(DEVICE) for h in (H, K, K))   # by position and token
+    pool = KVPool(2, K, D, 999, S, torch.int8 if int8 else torch.float32, DEVICE)
+    for memory in pool.memory:
+        memory.copy_(torch.randint(-99, 99, memory.shape, generator=generator) if memory.dtype == torch.int8
+                     else torch.rand(memory.shape, generator=generator))
+
+    def forward(batch):
+        at, outs = batch.positions_T + batch.tokens_T, []
+        for l, sees in enumerate((None, window)):
+            k_KNSD, v_KNSD, *scales = (memory[l] for memory in pool.memory)
+            kernels.write_kv_triton(k_P[at], v_P[at], k_KNSD, v_KNSD, batch.slots_T, *scales)
+            outs.append(kernels.attention_triton(q_P[at], k_KNSD, v_KNSD, batch, 0.5, sees, *scales))
+        return torch.cat(outs, 1)[batch.logit_rows]
+
+    tables = torch.tensor([rng.sample(range(1, 999), 80) for _ in range(30)]).to(DEVICE)   # block 0 is nobody's
+    graphs = Graphs(forward, S, tables)
+    for _ in range(2):
+        sizes, used = [longest], rng.sample(range(1, 999), 990)
+        while sum(sizes) < T:
+            sizes.append(rng.randint(1, min(longest, T - sum(sizes))))
+        chunks = []
+        for row, n in enumerate(sorted(sizes)):
+            past = rng.choice([0, 3, 30, 90])
+            blocks = [used.pop() for _ in range(-(-(past + n) // S))]
+            tables[row, :len(blocks)] = torch.tensor(blocks)
+            chunks.append(Chunk([rng.randrange(99) for _ in range(n)], past, blocks, n, row))
+        rng.shuffle(chunks)
+        chunks.sort(key=lambda chunk: len(chunk.tokens))
+        assert Graphs.fit(chunks)
+        before = [memory.clone() for memory in pool.memory]
+        expected = forward(make_batch(chunks, S, DEVICE, tables))
+        after = [memory.clone() for memory in pool.memory]
+        for memory, was in zip(pool.memory, before):
+            memory.copy_(was)
+        with pytest.MonkeyPatch.context() as patch:
+            if DEVICE == "cpu":
+                patch.setattr("batch.record", repeat)
+            logits = graphs.replay(graphs.batch(chunks))
+        torch.testing.assert_close(logits[:T], expected, rtol=1e-5, atol=1e-5)
+        assert logits.isfinite().all() and all(torch.equal(*two) for two in zip(pool.memory, after))
+    assert len(graphs.recorded) == 1
+
+
+def test_a_graph_replays_short_chunks_that_want_all_their_logits():
+    assert Graphs.fit([Chunk([0], 9, [0]), Chunk([0] * 16, 9, [0], 16)]) and not Graphs.fit([Chunk([0] * 17, 0, [0], 17)])
+    assert not Graphs.fit([Chunk([0], 9, [0]), Chunk([0, 0], 0, [0])]) and not Graphs.fit([Chunk([0], 9, [0], 0)])
+    graphs, keys = Graphs(None, 16, torch.zeros(9, 9, dtype=torch.int64)), []
+    for sizes in ([1], [1] * 3, [1, 5], [2, 5], [1] * 9, [16], [3] * 6):
+        batch = graphs.batch([Chunk([0] * n, 0, [0], n) for n in sizes])
+        keys.append(len(batch.tokens_T))
+        assert {len(x) for x in (batch.chunks, batch.positions_T, batch.slots_T, batch.kv_lens, batch.table_rows, batch.logit_rows)} == {keys[-1]}
+        assert [len(chunk.tokens) for chunk in batch.chunks[:len(sizes)]] == sizes
+    assert keys == [1, 4, 8, 8, 16, 16, 24]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -335,11 +409,11 @@ print(json.dumps([c for sm in (80, 90) for c in bench.compile_launches(lambda: b
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     compiled = {(c["kernel"], c["gpu"]): c for c in json.loads(done.stdout)}
-    assert set(compiled) == {(kernel + pool, gpu) for kernel in ("prefill", "decode", "write_kv") for pool in ("", " int8")
+    assert set(compiled) == {(kernel + pool, gpu) for kernel in ("prefill", "decode", "decode of 5 tokens", "write_kv") for pool in ("", " int8")
                              for gpu in ("sm_80", "sm_90")}
     assert all(c["spills"] == 0 and c["programs"] >= 1 for c in compiled.values())
     for pool in ("", " int8"):
-        assert compiled["prefill" + pool, "sm_90"]["units"] == "wgmma" and compiled["decode" + pool, "sm_80"]["units"] == "mma"
+        assert compiled["prefill" + pool, "sm_90"]["units"] == "wgmma" and compiled["decode of 5 tokens" + pool, "sm_80"]["units"] == "mma"
 
 
 @pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 import kernels
-from batch import Chunk, make_batch
+from batch import SHORT, Chunk, make_batch
 from linear import DTYPES
 from nanoserve import LLM, Request
 from roofline import cost_of, measured_ceiling
@@ -253,20 +253,25 @@ def describe_attention(llm: LLM, chunks: list[Chunk]) -> Iterator[str]:
             for call in kernels.plan_torch(batch, c.H, pool.k_LKNSD[0], window, dtype):
                 rows, in_place = len(batch.positions_T[call.rows]), isinstance(call.keys, slice)
                 length = call.keys.stop - call.keys.start if in_place else call.keys.shape[-1]
-                what = (f"{rows} decode{'s' * (rows > 1)}, {c.K} KV heads, {G} query rows each" if call.decodes
+                n, count = call.tokens, rows // (call.tokens or rows)   # tokens of each chunk, chunks
+                what = (f"{count} decode{'s' * (count > 1)}, {c.K} KV heads, {G} query rows each" if n == 1
+                        else f"{count} short chunk{'s' * (count > 1)} of {n} tokens, which read{'s' * (count == 1)} "
+                             f"the keys as a decode does, {c.K} KV heads, {n} x {G} query rows each" if n
                         else f"prefill, {c.K} KV heads, {rows} x {G} query rows each")
                 where = ("in place (neighbouring blocks)" if in_place else "gathered (scattered blocks)"
-                         if rows == 1 or not call.decodes else "gathered, padded to the longest: one for all")
-                how = "two products around a softmax" if call.decodes and rows > 1 else "one fused call"
+                         if count == 1 else "gathered, padded to the longest: one for all")
+                how = "two products around a softmax" if count > 1 else "one fused call"
                 yield f"{of}{how} per layer: {what}; {length} keys, {where}"
         else:
-            if n := batch.num_decodes:
-                tile = kernels.decode_options(c.D, dtype)["TILE"]
+            if few := [len(chunk.tokens) for chunk in chunks if len(chunk.tokens) <= SHORT]:
+                longest, tile = max(few), kernels.decode_options(c.D, max(few) * G, dtype)["TILE"]
                 splits = sum(b >= 0 for b, *_ in kernels.share_out(batch, c.K, window, tile, device))
-                yield (f"{of}decode kernel: {splits} splits of keys for {n} requests, to fill "
-                       f"{kernels.multiprocessors_of(device)} multiprocessors, x {c.K} KV heads; each runs its {G} "
-                       f"query heads against tiles of {tile} keys")
-            if n < len(chunks):
+                each = f"{G} query heads"
+                each = f"its {each}" if longest == 1 else f"the {each} of its tokens, {longest} at most,"
+                yield (f"{of}decode kernel: {splits} splits of keys for {len(few)} requests, to fill "
+                       f"{kernels.multiprocessors_of(device)} multiprocessors, x {c.K} KV heads; each runs {each} "
+                       f"against tiles of {tile} keys")
+            if len(few) < len(chunks):
                 options = kernels.prefill_options(c.D, G, dtype, kernels.capability_of(device))
                 rows, tiles = options["ROWS"], len(kernels.cut_prompts(batch, options["ROWS"] // G))
                 yield (f"{of}prefill kernel: {tiles} tiles of {rows} rows ({rows // G} tokens x {G} query heads) x "
