@@ -1,6 +1,6 @@
 """How the demo models were made: stories, tokenizer, three models, evaluation.
 
-    python demo/train.py            everything, about 75 minutes on two CPU cores
+    python demo/train.py            everything, about 80 minutes on two CPU cores
     python demo/train.py draft      train only the small model that drafts for demo/llama, then evaluate
     python demo/train.py stories    print a few stories and what the checker says of them
     python demo/train.py eval       evaluate the saved models again and rewrite README.md
