@@ -1,6 +1,7 @@
-"""How the demo models were made: stories, tokenizer, two models, evaluation.
+"""How the demo models were made: stories, tokenizer, three models, evaluation.
 
-    python demo/train.py            everything, about 50 minutes on two CPU cores
+    python demo/train.py            everything, about 80 minutes on two CPU cores
+    python demo/train.py draft      train only the small model that drafts for demo/llama, then evaluate
     python demo/train.py stories    print a few stories and what the checker says of them
     python demo/train.py eval       evaluate the saved models again and rewrite README.md
 
@@ -11,8 +12,10 @@ of the world in the same way.  So the training text is consistent by constructio
 model's story is consistent is not a matter of taste: the checker says yes, or names the sentence
 that fails and the reason.
 
-Needed: torch, safetensors and tiktoken.  The models are written out here in plain PyTorch; the two
-folders that come out, demo/llama and demo/gpt2, have the layout and the names of Hugging Face.
+Needed: torch, safetensors and tiktoken.  The models are written out here in plain PyTorch; the three
+folders that come out, demo/llama, demo/gpt2 and demo/draft, have the layout and the names of Hugging
+Face.  From the engine there is only sampling.py, because how well one model drafts for another is a
+question of the noise that they share.
 """
 
 import functools
@@ -33,6 +36,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+from sampling import SamplingParams, noise_key, sample
 
 # ---------------------------------------------------------------------------------------------
 # Words
@@ -771,6 +776,7 @@ LLAMA = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=
              hidden_act="silu", attention_bias=False, mlp_bias=False, attention_dropout=0.0,
              tie_word_embeddings=True, initializer_range=0.02, bos_token_id=VOCAB - 1, eos_token_id=VOCAB - 1,
              torch_dtype="bfloat16", use_cache=True)
+DRAFT = LLAMA | dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=320)
 GPT2 = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=VOCAB, n_embd=192, n_layer=4, n_head=6,
             n_inner=None, n_positions=CONTEXT, n_ctx=CONTEXT, layer_norm_epsilon=1e-5, activation_function="gelu_new",
             attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, tie_word_embeddings=True, initializer_range=0.02,
@@ -799,17 +805,17 @@ def positions_of(ids_BT, cache):
     return torch.arange(start, start + ids_BT.shape[1])
 
 
-def rotate(x_BTHK, positions):
+def rotate(x_BTHK, positions, theta):
     """Turn each pair (i, i + K/2) of a head by an angle that grows with the position (RoPE)."""
     K = x_BTHK.shape[-1]
-    angle_TK = torch.outer(positions.float(), LLAMA["rope_theta"] ** (-torch.arange(0, K, 2) / K)).repeat(1, 2)
+    angle_TK = torch.outer(positions.float(), theta ** (-torch.arange(0, K, 2) / K)).repeat(1, 2)
     a, b = x_BTHK.chunk(2, -1)
     return (x_BTHK * angle_TK.cos()[:, None] + torch.cat((-b, a), -1) * angle_TK.sin()[:, None]).to(x_BTHK.dtype)
 
 
-def llama(w, ids_BT, cache=None):
+def llama(c, w, ids_BT, cache=None):
     """The logits of the next token after each token."""
-    c, positions = LLAMA, positions_of(ids_BT, cache)
+    positions, theta = positions_of(ids_BT, cache), c["rope_theta"]
     x_BTD = F.embedding(ids_BT, w["model.embed_tokens.weight"])
 
     def norm(name, x):
@@ -820,7 +826,7 @@ def llama(w, ids_BT, cache=None):
         n_BTD = norm(layer + "input_layernorm", x_BTD)
         q, k, v = (F.linear(n_BTD, w[f"{layer}self_attn.{x}_proj.weight"]).unflatten(-1, (-1, c["head_dim"]))
                    for x in "qkv")
-        y_BTD = attend(rotate(q, positions), rotate(k, positions), v, cache, i)
+        y_BTD = attend(rotate(q, positions, theta), rotate(k, positions, theta), v, cache, i)
         x_BTD = x_BTD + F.linear(y_BTD, w[layer + "self_attn.o_proj.weight"])
         n_BTD = norm(layer + "post_attention_layernorm", x_BTD)
         gate, up = (F.linear(n_BTD, w[f"{layer}mlp.{x}_proj.weight"]) for x in ("gate", "up"))
@@ -840,10 +846,10 @@ def llama_shapes(c):
     return shapes
 
 
-def gpt2(w, ids_BT, cache=None):
+def gpt2(c, w, ids_BT, cache=None):
     """The logits of the next token after each token."""
-    c, positions = GPT2, positions_of(ids_BT, cache)
-    x_BTD = F.embedding(ids_BT, w["transformer.wte.weight"]) + w["transformer.wpe.weight"][positions]
+    x_BTD = F.embedding(ids_BT, w["transformer.wte.weight"])
+    x_BTD = x_BTD + w["transformer.wpe.weight"][positions_of(ids_BT, cache)]
 
     def norm(name, x):
         return F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"], c["layer_norm_epsilon"])
@@ -873,7 +879,8 @@ def gpt2_shapes(c):
     return shapes
 
 
-MODELS = {"llama": (llama, llama_shapes, LLAMA), "gpt2": (gpt2, gpt2_shapes, GPT2)}
+MODELS = {"llama": (llama, llama_shapes, LLAMA), "gpt2": (gpt2, gpt2_shapes, GPT2),
+          "draft": (llama, llama_shapes, DRAFT)}
 
 
 def new_weights(name):
@@ -897,13 +904,14 @@ def save_model(name, weights, merges, notes):
     write_json(folder / "config.json", MODELS[name][2])
     write_json(folder / "generation_config.json", {"bos_token_id": VOCAB - 1, "eos_token_id": VOCAB - 1,
                                                    "pad_token_id": VOCAB - 1})
-    save_tokenizer(folder, merges, as_one_file=name == "llama")
+    save_tokenizer(folder, merges, as_one_file=name != "gpt2")
 
 
 def load_model(name):
     """The model as a function of token ids (and a cache), with its weights as they are stored."""
     weights = {key: weight.float() for key, weight in load_file(HERE / name / "model.safetensors").items()}
-    return functools.partial(MODELS[name][0], weights)
+    model, _, config = MODELS[name]
+    return functools.partial(model, config, weights)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -912,10 +920,11 @@ def load_model(name):
 HELD_OUT = range(0, 1_000)  # seeds of stories that no training sees
 BATCH = 4096  # tokens in one optimizer step
 STAGES = [  # first all kinds of stories, for the language; then tidy ones, which a model of this size can tell without a slip
-    dict(tidy=0, seed=1_000_000, steps={"llama": 5_500, "gpt2": 6_500}, peak=8e-3),
-    dict(tidy=1, seed=10_000_000, steps={"llama": 1_200, "gpt2": 1_350}, peak=3e-3),
-    dict(tidy=2, seed=20_000_000, steps={"llama": 560, "gpt2": 620}, peak=3e-3),
-    dict(tidy=2, seed=21_000_000, steps={"llama": 480, "gpt2": 0}, peak=3e-3)]  # GPT-2 gains nothing more
+    dict(tidy=0, seed=1_000_000, steps={"llama": 5_500, "gpt2": 6_500, "draft": 2_000}, peak=8e-3),
+    dict(tidy=1, seed=10_000_000, steps={"llama": 1_200, "gpt2": 1_350, "draft": 0}, peak=3e-3),
+    dict(tidy=2, seed=20_000_000, steps={"llama": 560, "gpt2": 620, "draft": 1_100}, peak=3e-3,
+         teacher={"draft": "llama"}),
+    dict(tidy=2, seed=21_000_000, steps={"llama": 480, "gpt2": 0, "draft": 0}, peak=3e-3)]  # only llama gains more
 
 
 def windows(encoding, seed, length, count, tidy):
@@ -932,9 +941,10 @@ def windows(encoding, seed, length, count, tidy):
 
 def train_model(name, merges, stage):
     """One stage of the training of one model; all but the first begin with the weights that the one before has saved."""
-    torch.set_num_threads(1)  # the two models train side by side, with one thread each
+    torch.set_num_threads(1)  # models train side by side, with one thread each
     torch.manual_seed(0)
-    model, encoding, seed, steps = MODELS[name][0], encoding_of(merges), stage["seed"], stage["steps"][name]
+    model, _, config = MODELS[name]
+    encoding, seed, steps = encoding_of(merges), stage["seed"], stage["steps"][name]
     weights, before = new_weights(name), Counter()
     if stage is not STAGES[0]:
         with safe_open(HERE / name / "model.safetensors", "pt") as file:
@@ -946,6 +956,9 @@ def train_model(name, merges, stage):
     optimizers = [torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
     compiled = torch.compile(model, dynamic=False)
+    teacher = stage.get("teacher", {}).get(name)
+    if teacher:  # a draft has to guess what llama says next, so it learns that, not what the story says next
+        teacher = torch.compile(load_model(teacher), dynamic=False)
     start, losses = time.time(), []
     for step in range(1, steps + 1):
         # Mostly short rows, which are cheap; some of the full length, so that the late positions learn too.
@@ -954,8 +967,12 @@ def train_model(name, merges, stage):
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = stage["peak"] * min(step / 100, 1 - step / (steps + 1))  # up quickly, then down to zero
         with torch.autocast("cpu", torch.bfloat16):
-            logits_BTV = compiled(weights, rows[:, :-1])
-        loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), rows[:, 1:].flatten())
+            logits_BTV = compiled(config, weights, rows[:, :-1])
+            targets = rows[:, 1:].flatten()
+            if teacher:
+                with torch.no_grad():
+                    targets = teacher(rows[:, :-1]).float().softmax(-1).flatten(0, 1)
+        loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         for optimizer in optimizers:
@@ -974,6 +991,7 @@ def train_model(name, merges, stage):
 # Evaluation
 # ---------------------------------------------------------------------------------------------
 LONGEST = 512  # tokens: what goes on for longer than nearly all stories do counts as not ended
+DRAFTED = 100  # prompts: over the stories that demo/llama makes of them, the others' choices are compared with its own
 SAMPLES = [("llama", "The cat sat", 0), ("llama", "Once upon a time", 0.8), ("gpt2", "The dog", 0.8)]
 
 
@@ -1013,11 +1031,27 @@ def generate(model, encoding, prompts, temperature):
     return [encoding.decode(row[:-1] if end else row) for row, end in zip(rows, ended)], ended
 
 
+@torch.no_grad()
+def acceptance(model, llama, encoding, prompts, temperature):
+    """How often the model chooses the token that demo/llama chooses, after all but the prompt of the stories that
+    demo/llama writes.  Both have the same noise, as in speculative decoding: such a token would be accepted."""
+    same = total = 0
+    for i, (prompt, text) in enumerate(zip(prompts, generate(llama, encoding, prompts, temperature)[0])):
+        ids, given = encoding.encode_ordinary(text) + [VOCAB - 1], len(encoding.encode_ordinary(prompt))
+        positions = range(given, len(ids))
+        params, keys = [SamplingParams(temperature=temperature)] * len(positions), [noise_key(i)] * len(positions)
+        ours, theirs = (sample(f(torch.tensor([ids[:-1]]))[0, given - 1:], params, keys, list(positions))
+                        for f in (model, llama))
+        same += sum(a == b for a, b in zip(ours, theirs))
+        total += len(positions)
+    return same / total
+
+
 def evaluate_model(name, merges, prompts):
     """The figures of one model as it is stored."""
     torch.set_num_threads(1)
     encoding = encoding_of(merges)
-    folder, model = HERE / name, load_model(name)
+    folder, model, llama = HERE / name, load_model(name), load_model("llama")
     with safe_open(folder / "model.safetensors", "pt") as file:
         notes = file.metadata()
         parameters = sum(file.get_tensor(key).numel() for key in file.keys())
@@ -1031,20 +1065,22 @@ def evaluate_model(name, merges, prompts):
         reasons = [why_wrong(text) if end else "not ended" for text, end in zip(texts, ended)]
         figures[f"ended by itself, {label}"] = f"{sum(ended) / len(ended):.1%}"
         figures[f"consistent, {label}"] = f"{reasons.count(None) / len(reasons):.1%}"
+        share = acceptance(model, llama, encoding, prompts[:DRAFTED], temperature)
+        figures[f"same token as llama, {label}"] = f"{share:.1%}"
         print("\n".join(f"{name}, {label}: {reason}" for reason in reasons if reason), flush=True)
     print(name, figures, flush=True)
     return figures
 
 
 def evaluate(merges):
-    """Measure both models and put the figures and some samples into README.md."""
+    """Measure the models and put the figures and some samples into README.md."""
     encoding = encoding_of(merges)
     first_sentences = (re.match(r".*?[.!?](?=\s)", write_story(seed)).group() for seed in HELD_OUT)
     prompts = list(dict.fromkeys(first_sentences))[:200]  # different ones
     with multiprocessing.Pool(len(MODELS)) as pool:
-        llama_figures, gpt2_figures = pool.starmap(evaluate_model, [(name, merges, prompts) for name in MODELS])
-    lines = [f"| {len(prompts)} prompts | llama | gpt2 |", "| --- | ---: | ---: |"]
-    lines += [f"| {label} | {figure} | {gpt2_figures[label]} |" for label, figure in llama_figures.items()]
+        columns = pool.starmap(evaluate_model, [(name, merges, prompts) for name in MODELS])
+    lines = [f"| {len(prompts)} prompts | {' | '.join(MODELS)} |", "| --- |" + " ---: |" * len(MODELS)]
+    lines += [f"| {label} | {' | '.join(figures[label] for figures in columns)} |" for label in columns[0]]
     for name, prompt, temperature in SAMPLES:
         text = generate(load_model(name), encoding, [prompt], temperature)[0][0]
         verdict = why_wrong(text) or "consistent"
@@ -1060,6 +1096,16 @@ def evaluate(merges):
 # ---------------------------------------------------------------------------------------------
 # All of it
 # ---------------------------------------------------------------------------------------------
+def train(names, merges):
+    """Train models side by side; each stage begins with all of them."""
+    for stage in STAGES:
+        processes = [multiprocessing.Process(target=train_model, args=(name, merges, stage)) for name in names]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+
+
 def main():
     if sys.argv[1:] == ["stories"]:
         for seed in HELD_OUT[:5]:
@@ -1068,12 +1114,10 @@ def main():
         return
     first = STAGES[0]["seed"]
     merges = train_tokenizer(write_story(seed, tidy=0) for seed in range(first, first + 20_000))
-    for stage in [] if sys.argv[1:] == ["eval"] else STAGES:
-        processes = [multiprocessing.Process(target=train_model, args=(name, merges, stage)) for name in MODELS]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
+    if not sys.argv[1:]:
+        train(["llama", "gpt2"], merges)
+    if sys.argv[1:] in ([], ["draft"]):
+        train(["draft"], merges)  # after llama, its teacher
     evaluate(merges)
 
 
