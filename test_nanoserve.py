@@ -201,7 +201,7 @@ def test_what_an_idle_request_computes_is_defined(poisoned, lone, monkeypatch):
     llm = LLM(folder, attention="triton", dtype="float32", cuda_graphs=True)
     outs = llm.generate(prompts[:5], SamplingParams(max_tokens=3, ignore_eos=True))
     assert [out.token_ids for out in outs] == [tokens[:3] for tokens in expected[:5]]
-    assert set(llm.runner.graphs.recorded) == {8}
+    assert set(llm.runner.graphs.recorded) == {(8, 1)}
     for _, _, logits_BV in llm.runner.graphs.recorded.values():
         assert len(logits_BV) == 8 and logits_BV.isfinite().all()
 
@@ -221,7 +221,7 @@ def test_a_graph_fits_every_step_of_its_size(lone, monkeypatch, processors):
     outs = llm.generate(crowd, [SamplingParams(max_tokens=n, ignore_eos=True) for n in (6, 3, 9)])
     for out, prompt in zip(outs, crowd):
         assert out.token_ids == plain_greedy(config, tensors, prompt, len(out.token_ids))
-    assert set(llm.runner.graphs.recorded) == {1, 2, 4}
+    assert set(llm.runner.graphs.recorded) == {(1, 1), (2, 1), (4, 1)}
 
 
 def test_logits_are_given_while_as_many_run_as_may(lone):
