@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -756,9 +757,12 @@ def test_timeline_shows_what_happened_in_every_step(lone):
                           ["free", "34", "34", "33", "32", "31", "31"]]
 
 
-def test_timeline_fits_the_terminal_and_loses_no_step(lone):
+@pytest.mark.parametrize("who", [None, "ngram"])
+def test_timeline_fits_the_terminal_and_loses_no_step(lone, who):
     folder, prompts, _ = lone["llama"]
-    llm = LLM(folder, block_size=4, num_blocks=22, max_batched_tokens=12)
+    llm = LLM(folder, block_size=4, num_blocks=22, max_batched_tokens=12, speculative_model=who)
+    if who:
+        llm.speculator.worthwhile = lambda requests, offers, rows: list(offers)
     timeline = watch.Timeline(llm)
     for i, n in [(4, 1), (4, 3), (0, 1), (7, 1), (2, 1)]:
         llm.add(prompts[i], SamplingParams(max_tokens=12, ignore_eos=True, n=n))
@@ -781,9 +785,105 @@ def test_timeline_fits_the_terminal_and_loses_no_step(lone):
         assert [n for span in spans for n in range(int(span[0]), int(span[-1]) + 1)] == list(range(1, len(timeline.pool) + 1))
     picture = ElementTree.fromstring(timeline.svg())
     titles = [title.text or "" for title in picture.iter("{http://www.w3.org/2000/svg}title")]
-    for kind in ("waiting", "preempted", "prefill", "decode"):
+    for kind in ("waiting", "preempted", "prefill", "decode") + ("verification",) * bool(who):
         assert sum(f": {kind}" in title for title in titles) >= sum(cell.kind == kind for cell in cells) > 0
     assert sum("in use" in title for title in titles) == 3 * len(timeline.pool)
+
+
+def watched_drafts(monkeypatch, who, prompts, params, **options):
+    """demo/llama with everything that is offered as a draft: timeline, explanation, outputs, and of each step for each
+    request (id, start, drafts, how many of them are what a lone run without drafts says)."""
+    monkeypatch.setattr(watch, "measured_ceiling", lambda device, dtype: Ceiling(5e11, 2e10))
+    llm = LLM(HERE / "demo/llama", dtype="float32", device="cpu", speculative_model=who, **options)
+    llm.speculator.worthwhile = lambda requests, offers, rows: list(offers)
+    plain = LLM(HERE / "demo/llama", dtype="float32", device="cpu")
+    texts = [plain.tokenizer.encode(prompt) + plain.generate([prompt], params)[0].token_ids for prompt in prompts]
+    timeline, explanation, steps = watch.Timeline(llm), watch.Explanation(llm), []
+
+    def note(plan, takers, tokens, logits_BV):
+        found = {}
+        for request, chunk in plan:
+            after, drafts = texts[request.output.id][chunk.start + 1:], chunk.tokens[1:] if chunk.logits > 1 else []
+            right = sum(all(a == b for a, b in itertools.zip_longest(drafts[:n], after[:n])) for n in range(1, len(drafts) + 1))
+            found[request.output.id] = chunk.start, drafts, right, after
+        steps.append(found)
+    llm.watchers.append(note)
+    outs = llm.generate(prompts, params)
+    assert [plain.tokenizer.encode(p) + o.token_ids for p, o in zip(prompts, outs)] == texts
+    return llm, timeline, explanation, outs, steps
+
+
+DRAFTERS = pytest.mark.parametrize("who", ["ngram", HERE / "demo/gpt2"], ids=["ngram", "gpt2"])
+
+
+@DRAFTERS
+def test_timeline_shows_how_many_drafts_were_accepted_and_refused(monkeypatch, who):
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    llm, timeline, _, outs, steps = watched_drafts(monkeypatch, who, ["The cat sat", "One day, Tom"], params)
+    titles = [title.text for title in ElementTree.fromstring(timeline.svg()).iter("{http://www.w3.org/2000/svg}title")]
+    head, *rows = [re.split("  +", line) for line in timeline.text(10 ** 4).split("\n")[:3]]
+    ends = [[int(n) for n in span.split("-")] for span in head[1:]]
+    columns = [column for column, span in enumerate(ends, 1) for _ in range(span[0], span[-1] + 1)]   # of each step
+    expected = Counter()
+    for out in outs:
+        signs, mine = [], [(step, found[out.id]) for step, found in enumerate(steps, 1) if out.id in found]
+        for step, (start, drafts, right, after) in mine:
+            if drafts:   # the part that was refused has a box of its own
+                told = f"step {step}: verification {len(drafts) + 1}, {len(drafts)} guessed, {right} accepted, {len(drafts) - right} refused"
+                expected[told] += 1 + (right < len(drafts))
+            signs.append(f"+{right}-{len(drafts) - right}" if drafts else "━" if start else str(out.prompt_tokens))
+        signs[-1] = signs[-1].removesuffix("━") + "■"
+        assert [re.sub("━+", "━", rows[out.id][columns[step - 1]]) for step, _ in mine] == signs
+        assert sum(right + 1 for _, (_, _, right, _) in mine) == len(out.token_ids) == 60
+        assert sum(right for _, (_, _, right, _) in mine) == out.accepted_tokens
+    assert Counter(title for title in titles if title and "guessed" in title) == expected
+    kinds = [cell.kind for row in timeline.rows.values() for cell in row.values()]
+    assert sum(out.accepted_tokens for out in outs) > 3 and kinds.count("prefill") == 2 and not any(cell.found for row in timeline.rows.values() for cell in row.values())
+    assert "+3-1 3 drafts accepted, 1 refused" in " ".join(timeline.text(100).split()) and ">accepted; above: refused<" in timeline.svg()
+
+
+def test_timeline_of_an_engine_without_drafts_does_not_speak_of_them():
+    llm = LLM(HERE / "demo/llama", dtype="float32", device="cpu")
+    timeline = watch.Timeline(llm)
+    llm.generate(["The cat sat"], SamplingParams(max_tokens=9))
+    assert "refused" not in timeline.text(100) + timeline.svg() and "#9467bd" not in timeline.svg()
+
+
+@DRAFTERS
+def test_explanation_says_what_was_guessed_accepted_refused_and_taken(monkeypatch, who):
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    llm, _, explanation, _, steps = watched_drafts(monkeypatch, who, ["The cat sat", "One day, Tom"], params, block_size=32)
+    lines = []
+    explanation.show(lines.append)
+    assert max(map(len, "\n".join(lines).split("\n"))) <= 110
+    text = re.sub(r"\n {6,}", " ", "\n".join(lines))
+    told = dict(re.findall(r"^step (\S+): (.*(?:\n  .*)*)", text, re.M))
+
+    def ids(spelt):
+        return [int(word) for word in re.findall(r"(?:^|, )(\d+) ['\"]", spelt or "")]
+    for step, found in enumerate(steps, 1):
+        verified = {i: seen for i, seen in found.items() if seen[1]}
+        if not verified:
+            continue
+        heading, *_ = told[str(step)].split("\n")
+        parts = [f"{len(verified)} verification"] + [f"{len(found) - len(verified)} decode"] * (len(found) > len(verified))
+        assert heading == " and ".join(parts)
+        said = re.findall(r"^  drafts     request (\d+) guessed \[(.*?)\]: (accepted all|refused all|accepted \[(.*)\], refused \[(.*)\]), "
+                          r"took \[(.*?)\] (behind them|instead)$", told[str(step)], re.M)
+        assert {int(i) for i, *_ in said} == verified.keys() and len(said) == len(verified)
+        for i, guessed, became, accepted, refused, took, how in said:
+            start, drafts, right, after = verified[int(i)]
+            assert ids(guessed) == drafts and (ids(took) == after[right:right + 1] or not after[right:])
+            assert (how == "behind them") == (right == len(drafts)) == (became == "accepted all") and (became == "refused all") == (not right)
+            assert (ids(accepted), ids(refused)) == ((drafts[:right], drafts[right:]) if 0 < right < len(drafts) else ([], []))
+            assert f"request {i}, position {start}-{start + len(drafts)}: " in told[str(step)]
+        assert told[str(step)].count("\n  next  ") == sum(1 + right for _, _, right, _ in found.values())
+        cost = step_cost(llm.config, [(1 + len(drafts), start) for start, drafts, *_ in found.values()], 4,
+                         sum(1 + len(drafts) for _, drafts, *_ in found.values()))
+        assert f"cost       {cost.flops / 1e6:.1f} MFLOP / {cost.bytes / 1e6:.2f} MB = " in told[str(step)]
+    repeated = [list(map(int, span.split("-"))) for span, what in told.items() if what == "decodes like the one before"]
+    quiet = {step for step, found in enumerate(steps, 1) if not any(drafts for _, drafts, *_ in found.values())}
+    assert bool(repeated) == (who == "ngram") and all(set(range(first, last + 1)) <= quiet for first, last in ([*span, *span][:2] for span in repeated))
 
 
 def test_timeline_holds_any_prompt():
