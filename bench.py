@@ -712,7 +712,7 @@ def timed_drafts(llm: LLM, seconds: list[float]):
 
 
 def draft_rows(name: str, B: int, columns: list[list[Run]]) -> list[list]:
-    """A row for each of DRAFTS. columns: their turns."""
+    """A row for each of DRAFTS. columns: the turns of each."""
     rows, plain = [], columns[0]
     for n, turns in zip(DRAFTS, columns):
         guessed = ["-", "-", "-"]

@@ -469,6 +469,116 @@ def test_sampling_prints_what_choosing_costs_beside_a_step(monkeypatch, hands, c
     assert "Choosing takes 37.5% of a step at most (tiny, batch 1: top-k 1000, top-p 0.9)" in bench.TABLES[0]["note"]
 
 
+def test_an_oracle_is_right_as_often_as_it_is_told_and_its_dice_fall_again_as_they_fell():
+    texts, V = [[i] * 3 + [(7 * j + i) % 50 for j in range(2000)] for i in range(2)], 50
+    for right in (0.0, 0.3, 0.8, 1.0):
+        drafted = []
+        for _ in range(2):
+            oracle = bench.Oracle(texts, 3, right, V)
+            requests = [SimpleNamespace(tokens=text[:length]) for text in texts for length in (3, 700, 1990)]
+            assert oracle.offers(requests, [8, 0, 20] * 2) == [8, 0, 13] * 2, "its room, and as far as it knows"
+            drafted.append(oracle.guess(requests, [690, 1200, 13] * 2))
+        assert drafted[0] == drafted[1] and list(map(len, drafted[0])) == [690, 1200, 13] * 2
+        hits = [[a == b for a, b in zip(drafts, texts[i // 3][len(request.tokens):])] for i, (drafts, request) in enumerate(zip(drafted[0], requests))]
+        share = sum(sum(hits, [])) / sum(map(len, hits))
+        assert abs(share - right) < 0.03 and (share == right or 0 < right < 1) and (hits[0] != hits[3] or right in (0, 1))
+
+
+@pytest.mark.parametrize("B, drafts", [(1, 0), (1, 4), (3, 2), (3, 8)])
+def test_drafts_are_measured_by_their_steps_and_predicted_from_them(hands, B, drafts):
+    """A step takes 10 seconds and one for each token that it runs; guessing takes 2."""
+    llm = LLM(config_of_tiny(), "cpu", "float32", prefix_cache=False, max_seqs=4, speculative_model="ngram")
+    prompts = [[i, 5, 7, 2] for i in range(B)]
+    llm.speculator = None
+    texts = [prompt + llm.generate([prompt], SamplingParams(max_tokens=160, ignore_eos=True))[0].token_ids for prompt in prompts]
+    llm.runner.forward = taking(llm.runner.forward, hands, lambda batch: 10 + len(batch.tokens_T))
+    plain = bench.run_drafts(llm, None, prompts, 9)
+    assert plain == bench.Run(10 + B, 0, 0, 0, 0, 0, 1, B / (10 + B)) and not llm.requests and not llm.watchers
+    for right in (0.0, 0.6, 1.0):
+        oracle = bench.Oracle(texts, 4, right, 99)
+        oracle.guess = taking(oracle.guess, hands, 2)
+        run = bench.run_drafts(llm, bench.forced(oracle, drafts), prompts, 9)
+        if not drafts:
+            assert run == plain
+            continue
+        step = 10 + B * (1 + drafts)
+        assert run[:4] == (step, 2, 1, 1) and run.drafts == drafts and run.speed == pytest.approx(B * run.tokens / (step + 2))
+        # By the dice: how many drafts are right behind every place at which a verification begins.
+        taken, tries, hits = 0, 0, 0
+        for text in texts:
+            at = len(text) - 160 + 1
+            for step_number in range(bench.WARM + 9):
+                guessed = oracle.guess([SimpleNamespace(tokens=text[:at])], [drafts])[0]
+                n = next((i for i, token in enumerate(guessed) if token != text[at + i]), drafts)
+                if step_number >= bench.WARM:
+                    taken, hits, tries = taken + n + 1, hits + n, tries + min(n + 1, drafts)
+                at += n + 1
+        assert (run.tokens, run.right) == (pytest.approx(taken / 9 / B), pytest.approx(hits / tries))
+        expected = sum(run.right ** n for n in range(drafts + 1))
+        assert run.predicted(plain, B, drafts) == pytest.approx(B * expected / (step + 2))
+        if right in (0, 1):
+            assert run.right == right and run.speed == pytest.approx(run.predicted(plain, B, drafts))
+
+
+def test_a_prediction_counts_the_decodes_without_drafts():
+    """In half of the steps one of two requests has drafts: 1.25 x 0.5 + 0.25 x 0.25 more tokens, between steps of 6 and 4 seconds."""
+    run = bench.Run(seconds=6, guessing=1, busy=0.5, drafted=0.25, right=0.5, drafts=0.5, tokens=9, speed=9)
+    assert run.predicted(bench.Run(4, 0, 0, 0, 0, 0, 1, 1), 2, 2) == 2 * (1 + 0.25 * 0.75) / (1 + 5)
+
+
+def config_of_tiny(context=512):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(bench.SHAPES, "tiny", TINY | dict(max_position_embeddings=context))
+        return config_of("tiny")
+
+
+def test_speculate_puts_each_number_into_its_column(monkeypatch, capsys):
+    seen = []
+
+    def run_drafts(llm, speculator, prompts, steps):
+        """Each draft adds 1% to a step of 10 ms, and 2% in int8; a forced one half a token; speculation on 5 tokens in a step."""
+        B, n, kind = len(prompts), speculator.most if speculator else 0, type(speculator.drafter).__name__ if speculator else ""
+        free = speculator and "worthwhile" not in vars(speculator)
+        seen.append((kind, n, B, bool(free), getattr(getattr(speculator, "drafter", None), "right", None)))
+        seconds = 0.01 * (1 + n * (0.02 if llm.model.weights["down"][0].scale is not None else 0.01))
+        tokens = (0.5 if getattr(speculator.drafter, "right", 1) == 0 else 5) if free else 1 + n / 2
+        return bench.Run(seconds, 0.001 * bool(n), float(n > 0), float(n > 0), 0.5 * (n > 0), float(n), tokens, B * tokens / (seconds + 0.001 * bool(n)))
+    for name, value in (("TABLES", []), ("run_drafts", run_drafts)):
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setitem(bench.SHAPES, "tiny", TINY | dict(max_position_embeddings=512))
+    assert bench.main(["speculate", "--random", "tiny", "--device", "cpu"]) == 0
+    pair, pair_rule, plain, plain_rule, small, small_rule = bench.TABLES
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines()[1:])) <= 100
+    draft = "demo/draft" if (HERE / "demo/draft").exists() else "demo/gpt2"
+    for table, names, more in ((pair, [draft, "n-grams"], 0.01), (plain, ["drafts"], 0.01), (small, ["drafts"], 0.02)):
+        assert table["header"] == ["", "drafted %", "right", "tokens/step", "cost", "guess ms", "tokens/s", "predicted", "gain"]
+        rows = cells(table)
+        assert rows.keys() == {f"batch {B}, {name} {n}" for B in (1, 4, 16) for name in names for n in (0, 1, 2, 4, 8)}
+        for B, name, n in itertools.product((1, 4, 16), names, (0, 1, 2, 4, 8)):
+            seconds, guess = 0.01 * (1 + n * more), 0.001 * (n > 0)
+            speed, predicted = B * (1 + n / 2) / (seconds + guess), B * sum(0.5 ** i for i in range(n + 1)) / (seconds + guess)
+            assert list(rows[f"batch {B}, {name} {n}"].values())[1:] == [
+                *([100, 0.5] if n else ["-", "-"]), 1 + n / 2, pytest.approx(1 + n * more), pytest.approx(1) if n else "-",
+                pytest.approx(speed), pytest.approx(predicted), pytest.approx(speed / (B / 0.01))]
+    for table, names, more in ((pair_rule, [draft, "n-grams"], 0.01), (plain_rule, ["right with 0.8", "always wrong", "n-grams, repeating"], 0.01),
+                               (small_rule, ["right with 0.8", "always wrong", "n-grams, repeating"], 0.02)):
+        assert [row[0] for row in table["rows"]] == [f"batch {B}, {name}" for B in (1, 4, 16) for name in names] or table is pair_rule
+        for row in table["rows"]:
+            B, tokens = int(row[0].split(",")[0].split()[1]), 0.5 if "wrong" in row[0] else 5
+            speed = B * tokens / (0.01 * (1 + 4 * more) + 0.001)
+            assert row[1:] == [4, tokens, pytest.approx(B / 0.01), pytest.approx(speed), pytest.approx(speed / (B / 0.01))]
+        smallest = (5 if table is pair_rule else 0.5) / (1 + 4 * more + 0.1)
+        assert table["note"].endswith(f"The smallest ratio is {bench.show(smallest)}.")
+    told = " ".join(out.split())
+    for kind, more, goal in (("float32", 0.01, 1.35), ("int8", 0.02, 1.15)):
+        step = 1 + 4 * more
+        assert (f"In {kind}, verifying 4 drafts costs {step:.2f} of a decode (goal: at most {goal}); 4 drafts, each right with a chance of 0.8, "
+                f"are {3 / (step + 0.1):.2f} times as fast (goal: 2.2); n-grams on an answer that repeats its prompt {5 / (step + 0.1):.2f} times") in told
+    assert {(*way, B, False, right) for B in (1, 4, 16) for right in (0.8,) for way in (("Oracle", 1), ("Oracle", 2), ("Oracle", 4), ("Oracle", 8))} <= set(seen)
+    assert {(kind, 4, B, True, right) for B in (1, 4, 16) for kind, right in (("Oracle", 0.8), ("Oracle", 0.0), ("NgramDrafter", None), ("DraftModel", None))} <= set(seen)
+
+
 SPEEDS = {   # of each variant: a decode step of one, of 16, and a prefill, in milliseconds
     "float32": (8, 32, 64), "bfloat16": (6, 24, 40), "int8": (2, 16, 32), "int8 in bfloat16": (3, 17, 33),
     "int8 KV": (9, 30, 65), "int8 + int8 KV": (2.5, 18, 34)}
