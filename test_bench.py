@@ -536,12 +536,12 @@ def test_speculate_puts_each_number_into_its_column(monkeypatch, capsys):
     seen = []
 
     def run_drafts(llm, speculator, prompts, steps):
-        """Each draft adds 1% to a step of 10 ms, and 2% in int8; a forced one half a token; speculation on 5 tokens in a step."""
+        """Each draft adds 1% to a step of 10 ms, and 2% in int8; a forced one half a token; speculation on, 5 tokens in a step, n-grams 6."""
         B, n, kind = len(prompts), speculator.most if speculator else 0, type(speculator.drafter).__name__ if speculator else ""
         free = speculator and "worthwhile" not in vars(speculator)
         seen.append((kind, n, B, bool(free), getattr(getattr(speculator, "drafter", None), "right", None)))
         seconds = 0.01 * (1 + n * (0.02 if llm.model.weights["down"][0].scale is not None else 0.01))
-        tokens = (0.5 if getattr(speculator.drafter, "right", 1) == 0 else 5) if free else 1 + n / 2
+        tokens = (6 if kind == "NgramDrafter" else 0.5 if getattr(speculator.drafter, "right", 1) == 0 else 5) if free else 1 + n / 2
         return bench.Run(seconds, 0.001 * bool(n), float(n > 0), float(n > 0), 0.5 * (n > 0), float(n), tokens, B * tokens / (seconds + 0.001 * bool(n)))
     for name, value in (("TABLES", []), ("run_drafts", run_drafts)):
         monkeypatch.setattr(bench, name, value)
@@ -565,7 +565,7 @@ def test_speculate_puts_each_number_into_its_column(monkeypatch, capsys):
                                (small_rule, ["right with 0.8", "always wrong", "n-grams, repeating"], 0.02)):
         assert [row[0] for row in table["rows"]] == [f"batch {B}, {name}" for B in (1, 4, 16) for name in names] or table is pair_rule
         for row in table["rows"]:
-            B, tokens = int(row[0].split(",")[0].split()[1]), 0.5 if "wrong" in row[0] else 5
+            B, tokens = int(row[0].split(",")[0].split()[1]), 0.5 if "wrong" in row[0] else 6 if "n-grams" in row[0] else 5
             speed = B * tokens / (0.01 * (1 + 4 * more) + 0.001)
             assert row[1:] == [4, tokens, pytest.approx(B / 0.01), pytest.approx(speed), pytest.approx(speed / (B / 0.01))]
         smallest = (5 if table is pair_rule else 0.5) / (1 + 4 * more + 0.1)
@@ -574,7 +574,7 @@ def test_speculate_puts_each_number_into_its_column(monkeypatch, capsys):
     for kind, more, goal in (("float32", 0.01, 1.35), ("int8", 0.02, 1.15)):
         step = 1 + 4 * more
         assert (f"In {kind}, verifying 4 drafts costs {step:.2f} of a decode (goal: at most {goal}); 4 drafts, each right with a chance of 0.8, "
-                f"are {3 / (step + 0.1):.2f} times as fast (goal: 2.2); n-grams on an answer that repeats its prompt {5 / (step + 0.1):.2f} times") in told
+                f"are {3 / (step + 0.1):.2f} times as fast (goal: 2.2); n-grams on an answer that repeats its prompt {6 / (step + 0.1):.2f} times") in told
     assert {(*way, B, False, right) for B in (1, 4, 16) for right in (0.8,) for way in (("Oracle", 1), ("Oracle", 2), ("Oracle", 4), ("Oracle", 8))} <= set(seen)
     assert {(kind, 4, B, True, right) for B in (1, 4, 16) for kind, right in (("Oracle", 0.8), ("Oracle", 0.0), ("NgramDrafter", None), ("DraftModel", None))} <= set(seen)
 
@@ -923,14 +923,15 @@ def watched_drafts(monkeypatch, who, prompts, params, **options):
     return llm, timeline, explanation, outs, steps
 
 
-DRAFTERS = pytest.mark.parametrize("who", ["ngram", HERE / "demo/gpt2"], ids=["ngram", "gpt2"])
+DRAFTERS = pytest.mark.parametrize("who, most", [("ngram", 4), (HERE / "demo/gpt2", 4), (HERE / "demo/gpt2", 1)], ids=["ngram", "gpt2", "gpt2, one"])
 
 
 @DRAFTERS
-def test_timeline_shows_how_many_drafts_were_accepted_and_refused(monkeypatch, who):
+def test_timeline_shows_how_many_drafts_were_accepted_and_refused(monkeypatch, who, most):
     params = SamplingParams(max_tokens=60, ignore_eos=True)
-    llm, timeline, _, outs, steps = watched_drafts(monkeypatch, who, ["The cat sat", "One day, Tom"], params)
-    titles = [title.text for title in ElementTree.fromstring(timeline.svg()).iter("{http://www.w3.org/2000/svg}title")]
+    llm, timeline, _, outs, steps = watched_drafts(monkeypatch, who, ["The cat sat", "One day, Tom"], params, num_speculative_tokens=most)
+    boxes = [(rect[0].text, rect.get("fill"), float(rect.get("height")))
+             for rect in ElementTree.fromstring(timeline.svg()).iter("{http://www.w3.org/2000/svg}rect") if len(rect)]
     head, *rows = [re.split("  +", line) for line in timeline.text(10 ** 4).split("\n")[:3]]
     ends = [[int(n) for n in span.split("-")] for span in head[1:]]
     columns = [column for column, span in enumerate(ends, 1) for _ in range(span[0], span[-1] + 1)]   # of each step
@@ -940,13 +941,14 @@ def test_timeline_shows_how_many_drafts_were_accepted_and_refused(monkeypatch, w
         for step, (start, drafts, right, after) in mine:
             if drafts:   # the part that was refused has a box of its own
                 told = f"step {step}: verification {len(drafts) + 1}, {len(drafts)} guessed, {right} accepted, {len(drafts) - right} refused"
-                expected[told] += 1 + (right < len(drafts))
+                expected[told, "#9467bd", 16.0] += 1
+                expected[told, "#dddddd", round(16 * (1 - right / len(drafts)), 1)] += right < len(drafts)
             signs.append(f"+{right}-{len(drafts) - right}" if drafts else "━" if start else str(out.prompt_tokens))
         signs[-1] = signs[-1].removesuffix("━") + "■"
         assert [re.sub("━+", "━", rows[out.id][columns[step - 1]]) for step, _ in mine] == signs
         assert sum(right + 1 for _, (_, _, right, _) in mine) == len(out.token_ids) == 60
         assert sum(right for _, (_, _, right, _) in mine) == out.accepted_tokens
-    assert Counter(title for title in titles if title and "guessed" in title) == expected
+    assert Counter(box for box in boxes if box[0] and "guessed" in box[0]) == +expected
     kinds = [cell.kind for row in timeline.rows.values() for cell in row.values()]
     assert sum(out.accepted_tokens for out in outs) > 3 and kinds.count("prefill") == 2 and not any(cell.found for row in timeline.rows.values() for cell in row.values())
     assert "+3-1 3 drafts accepted, 1 refused" in " ".join(timeline.text(100).split()) and ">accepted; above: refused<" in timeline.svg()
@@ -960,9 +962,10 @@ def test_timeline_of_an_engine_without_drafts_does_not_speak_of_them():
 
 
 @DRAFTERS
-def test_explanation_says_what_was_guessed_accepted_refused_and_taken(monkeypatch, who):
+def test_explanation_says_what_was_guessed_accepted_refused_and_taken(monkeypatch, who, most):
     params = SamplingParams(max_tokens=60, ignore_eos=True)
-    llm, _, explanation, _, steps = watched_drafts(monkeypatch, who, ["The cat sat", "One day, Tom"], params, block_size=32)
+    llm, _, explanation, _, steps = watched_drafts(monkeypatch, who, ["The cat sat", "One day, Tom"], params, block_size=32,
+                                                  num_speculative_tokens=most)
     lines = []
     explanation.show(lines.append)
     assert max(map(len, "\n".join(lines).split("\n"))) <= 110

@@ -136,6 +136,8 @@ def test_with_drafts_the_text_is_the_same_and_the_line_after_it_counts_them(caps
     drafted, err = capsys.readouterr()
     assert drafted == text
     lines = re.findall(r"^prefill: .* \| KV: \d+ blocks of 16 tokens \| drafts: (\d+) guessed, (\d+) accepted$", err, re.M)
+    assert cli.main([*prompts[:4], *options, "--max-tokens", "1"]) == 0
+    assert "| drafts: 0 guessed, 0 accepted\n" in capsys.readouterr().err
     assert cli.main([*prompts, *options, "--json"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines == [(str(r["drafted_tokens"]), str(r["accepted_tokens"])) for r in records]
