@@ -738,13 +738,13 @@ def rule_row(name: str, turns: list[Run], plain: list[Run]) -> list:
 def print_drafts(what: str, rows: list[list], rules: list[list], note: str):
     print_table(f"{what}: decode with so many drafts in each verification, whether they pay or not",
                 ["", "drafted %", "right", "tokens/step", "cost", "guess ms", "tokens/s", "predicted", "gain"], rows,
-                "Drafted: decodes that had drafts. Right: the chance of a draft behind right ones. Tokens: per request. "
-                "Cost: a step with drafts beside one without, the guessing left out. Predicted: 1 + chance + ... + "
+                "Drafted: decodes that had drafts. Right: the chance of a draft behind right ones. Tokens: per request."
+                " Cost: a step with drafts beside one without, the guessing left out. Predicted: 1 + chance + ... + "
                 f"chance^n tokens, in such a step and the guessing before it. {note}")
     worst = min((row[-1] for row in rules if row[-1] != "-"), default="-")
     print_table(f"{what}: speculation on, which decides how many of up to 4 drafts pay, beside off",
                 ["", "drafts/step", "tokens/step", "tokens/s off", "on", "ratio"], rules,
-                f"Speculation may not make a text slower than 0.95 of what it was. The smallest ratio is {show(worst)}.")
+                f"The ratio may not be below 0.95, whatever the text. The smallest ratio is {show(worst)}.")
 
 
 def speculate(args: argparse.Namespace):
@@ -753,17 +753,17 @@ def speculate(args: argparse.Namespace):
     dtype = "float32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
     print(f"{machine(device)}, PyTorch {torch.__version__}")
     show_pair(device, dtype)
-    told = []
+    told = [f"{shape} at batch 1, beside the goals for llama-1b on 2 cores."]
     for bits, goal in ((None, 1.35), ("int8", 1.15)):
         progress(f"making {shape}")
         llm = LLM(config_of(shape), device, dtype, prefix_cache=False, max_seqs=16, num_blocks=512, quantization=bits,
                   speculative_model="ngram")
         cost, gain, repeated = show_oracle(llm, f"{shape} in {bits or llm.dtype}, random weights")
-        told.append(f"In {bits or llm.dtype}, verifying 4 drafts costs {show(cost)} of a decode (goal: at most {goal}); "
-                    f"4 drafts, each right with a chance of {SURE}, are {show(gain)} times as fast (goal: 2.2); n-grams "
-                    f"on an answer that repeats its prompt {show(repeated)} times (goal: 2).")
+        told += [f"In {bits or llm.dtype}, verifying 4 drafts costs {show(cost)} of a decode (goal: at most {goal});",
+                 f"4 drafts, each right with a chance of {SURE}, are {show(gain)} times as fast (goal: 2.2);",
+                 f"n-grams on an answer that repeats its prompt {show(repeated)} times (goal: 2)."]
         del llm   # before the next one is made
-    print("\n" + textwrap.fill(f"{shape} at batch 1. {' '.join(told)} The goals are those of llama-1b on 2 cores.", 100))
+    print("\n" + textwrap.fill(" ".join(told), 100))
 
 
 def show_pair(device: torch.device, dtype: str):
@@ -802,13 +802,14 @@ def show_oracle(llm: LLM, what: str) -> tuple:
         ways += [(Speculator(drafter, 4), prompts) for drafter in (easy, wrong)]
         ways.append((Speculator(NgramDrafter(), 4), [text[:n + REPEATED] for text in texts]))
         columns = in_turns([partial(run_drafts, llm, *way, steps) for way in ways], 3)
-        rows += draft_rows("drafts", B, columns[:len(DRAFTS)])
+        runs, ruled = columns[:len(DRAFTS)], columns[len(DRAFTS):]
+        rows += draft_rows("drafts", B, runs)
         names = f"right with {SURE}", "always wrong", "n-grams, repeating"
-        rules += [rule_row(f"batch {B}, {name}", turns, columns[0]) for name, turns in zip(names, columns[len(DRAFTS):])]
+        rules += [rule_row(f"batch {B}, {name}", turns, runs[0]) for name, turns in zip(names, ruled)]
         if B == 1:
             row = rows[DRAFTS.index(4)]
             found = row[4], row[-1], rules[-1][-1]
-    print_drafts(what, rows, rules, f"The drafts are those of an oracle, each right with a chance of {SURE}: acceptance "
+    print_drafts(what, rows, rules, f"An oracle drafts, and each draft is right with a chance of {SURE}: acceptance "
                  "is a property of a pair of models, and cost of the machine.")
     print("\n" + textwrap.fill(
         "n-grams, repeating: random weights write the same token, or a cycle of a few, again and again. These prompts "

@@ -58,7 +58,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-seqs", type=int, default=64, metavar="N", help="texts that may be written at once (default: 64)")
     add("--kv-cache-dtype", default="auto", metavar="TYPE",
         help="int8: K and V in a byte a number, so that more tokens fit (default: auto, as the model computes them)")
-    add("--speculative-model", metavar="MODEL", help="who guesses tokens that the model then verifies, several in a step: "
+    add("--speculative-model", metavar="MODEL", help="who guesses tokens that the model then verifies in one step: "
         "ngram, or the folder of a smaller model with the same vocabulary (default: nobody)")
     add("--num-speculative-tokens", type=int, default=4, metavar="N",
         help="guess at most N tokens per text and step (default: 4)")

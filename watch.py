@@ -31,7 +31,8 @@ from roofline import cost_of, measured_ceiling
 KINDS = {   # of what may happen to a request in a step: its sign in a terminal, its colour, what it means
     "waiting": ("·", "#dddddd", "waiting"), "preempted": ("!", "#d62728", "preempted"),
     "prefill": ("8", "#1f77b4", "prefill of 8 tokens"), "hit": ("48+8", "#ffbf00", "after 48 found computed"),
-    "verification": ("+3-1", "#9467bd", "3 drafts accepted, 1 refused"), "decode": ("━", "#7fc97f", "decode"), "end": ("■", "#333333", "last token"),
+    "verification": ("+3-1", "#9467bd", "3 drafts accepted, 1 refused"),
+    "decode": ("━", "#7fc97f", "decode"), "end": ("■", "#333333", "last token"),
     "lost": ("x", "#d62728", "cut short")}
 ENDS = {"stop": "end", "length": "end", "error": "lost", "abort": "lost"}   # finish_reason -> kind
 
