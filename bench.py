@@ -8,6 +8,7 @@
     python bench.py serve         continuous and static batching, chunked prefill, prefix cache, on the same requests
     python bench.py sampling      what choosing tokens costs beside the rest of a decode step
     python bench.py quantization  what weights, keys and values in 8 bits gain, and what they lose
+    python bench.py speculate     what drafts gain: how often they are right, and what it costs to verify them
     python bench.py cpu           prefill and decode on this CPU, beside transformers where that is installed
     python bench.py kernels       attention and 8-bit products: without a GPU, what the compiler makes of them for
                                   GPUs that are not here; with one, whether they are right and how near to its limits
@@ -40,6 +41,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median, quantiles
 from types import SimpleNamespace
+from typing import NamedTuple
 from unittest.mock import patch
 
 from device import find_device   # before torch
@@ -58,6 +60,8 @@ from linear import DTYPES
 from nanoserve import LLM, SamplingParams
 from roofline import (HARDWARE, SHAPES, Ceiling, clock, config_of, cost_of, crossover, gpu_seconds, in_8_bits, in_turns,
                       kv_bytes, machine, measured_ceiling, on_paper, ratio, step_cost, weight_bytes)
+from sampling import mix
+from speculate import NgramDrafter, Speculator
 
 DEMO = Path(__file__).parent / "demo/llama"
 
@@ -542,12 +546,17 @@ def surprise(exact_TV: torch.Tensor, found_TV: torch.Tensor, next_T: torch.Tenso
                         -found.gather(1, next_T[:, None]).sum()])
 
 
+def first_sentences(count: int) -> list[str]:
+    """Of held-out stories, so many different ones."""
+    teller = storyteller()
+    first = (re.match(r".*?[.!?](?=\s)", teller.write_story(seed)).group() for seed in teller.HELD_OUT)
+    return list(itertools.islice(dict.fromkeys(first), count))
+
+
 def consistent(llm: LLM, temperature: float, count: int = 100) -> float:
     """The share of stories that end and in which nothing is wrong; each begins with the first sentence of one of so
     many held-out ones."""
-    teller = storyteller()
-    first = (re.match(r".*?[.!?](?=\s)", teller.write_story(seed)).group() for seed in teller.HELD_OUT)
-    prompts = list(dict.fromkeys(first))[:count]
+    teller, prompts = storyteller(), first_sentences(count)
     outs = llm.generate(prompts, [SamplingParams(max_tokens=teller.LONGEST, temperature=temperature, seed=i)
                                   for i in range(count)])
     good = [out.finish_reason == "stop" and teller.why_wrong(prompt + out.text) is None
@@ -581,6 +590,231 @@ def show_losses(engines: dict[str, LLM], stories: list[list[int]], demo: bool):
                 "KL: of the next token's distribution from that of float32, per token. Differ: another token is the "
                 f"most likely. Loss: nats per token. {' '.join(told)}"
                 + " Consistent: of 100 stories of its own, greedy and at temperature 0.8." * demo)
+
+
+# ---------------------------------------------------------------------------------------------
+# Drafts: how often they are right, and what it costs to verify them
+
+DRAFTS = 0, 1, 2, 4, 8
+SURE = 0.8          # how often a draft is right that is made to be right so often
+REPEATED = 24       # tokens of its own answer, at the end of the prompt that n-grams go on from
+
+
+class Oracle:
+    """A drafter that knows what the model says, and makes each draft right with a given probability.
+
+    Of a real pair, acceptance is a property of the two models and of the text. What it gains at that acceptance is a
+    property of the machine, and that is measured here: with random weights, and with drafts that cost nothing. The dice
+    are a counter, so a run can be repeated.
+    """
+
+    def __init__(self, texts: list[list[int]], prompt: int, right: float, V: int):
+        """texts: prompts of so many tokens with what the model says after them. right: the probability."""
+        self.texts = {tuple(text[:prompt]): (i, text) for i, text in enumerate(texts)}
+        self.prompt, self.right, self.V = prompt, right, V
+
+    def seconds(self, rows: int) -> float:
+        return 0.0
+
+    def offers(self, requests: list, rooms: list[int]) -> list[int]:
+        return [max(0, min(room, len(self.text_of(request)[1]) - len(request.tokens)))
+                for request, room in zip(requests, rooms)]
+
+    def guess(self, requests: list, counts: list[int]) -> list[list[int]]:
+        return [[self.draft(*self.text_of(request), len(request.tokens) + i) for i in range(count)]
+                for request, count in zip(requests, counts)]
+
+    def keep(self):
+        """It has no K and V."""
+
+    def text_of(self, request) -> tuple[int, list[int]]:
+        return self.texts[tuple(request.tokens[:self.prompt])]
+
+    def draft(self, i: int, text: list[int], position: int) -> int:
+        spoiled = mix((i << 32) + position) >= self.right * 2 ** 64
+        return (text[position] + spoiled) % self.V
+
+
+def forced(drafter, most: int) -> Speculator | None:
+    """Takes as many drafts as there are, whether they pay or not. None: no drafts."""
+    speculator = Speculator(drafter, most)
+    speculator.worthwhile = lambda requests, offers, rows: offers
+    return speculator if most else None
+
+
+class Run(NamedTuple):
+    """Some steps in which every request decodes or verifies drafts."""
+    seconds: float    # of a step in which somebody verifies (if nobody ever does, of any), without the drafting: median
+    guessing: float   # seconds of drafting per step
+    busy: float       # the share of the steps in which somebody verifies, and
+    drafted: float    # of the chunks with drafts
+    right: float      # the chance of a draft behind right ones; 0 if there was none
+    drafts: float     # per request and step
+    tokens: float     # per request and step
+    speed: float      # tokens per second
+
+    def predicted(self, plain: Run, B: int, drafts: int) -> float:
+        """Tokens per second of B requests with so many drafts in a verification: by the chance, and by what a step
+        costs."""
+        tokens = 1 + self.drafted * sum(self.right ** n for n in range(1, drafts + 1))
+        return B * tokens / (self.guessing + self.busy * self.seconds + (1 - self.busy) * plain.seconds)
+
+
+def run_drafts(llm: LLM, speculator: Speculator | None, prompts: list[list[int]], steps: int) -> Run:
+    """Decode so many steps with this speculator, after WARM that do not count."""
+    chunks, tries, right, drafts = [], 0, 0, 0   # of each step: with drafts
+
+    def watch(plan, takers, tokens, logits_BV):
+        nonlocal tries, right, drafts
+        verified = [(takers.count(request) - 1, len(chunk.tokens) - 1) for request, chunk in plan if chunk.logits > 1]
+        chunks.append(len(verified))
+        right, drafts = right + sum(n for n, _ in verified), drafts + sum(m for _, m in verified)
+        tries += sum(min(n + 1, m) for n, m in verified)
+
+    llm.speculator, guessing = speculator, []
+    for prompt in prompts:
+        llm.add(prompt, SamplingParams(max_tokens=llm.config.context, ignore_eos=True))
+    outs = [request.output for request in llm.requests.values()]
+    while any(request.pending > 1 for request in llm.requests.values()):
+        llm.step()
+    for _ in range(WARM):
+        llm.step()
+    before, whole = sum(len(out.token_ids) for out in outs), []
+    with timed_drafts(llm, guessing):
+        llm.watchers.append(watch)
+        for _ in range(steps):
+            whole.append(clock(llm.step, llm.device))
+        llm.watchers.remove(watch)
+    tokens = sum(len(out.token_ids) for out in outs) - before
+    ended = [out.error or out.finish_reason for out in outs if out.finish_reason]
+    for request_id in list(llm.requests):
+        llm.abort(request_id)
+    if ended:
+        raise ValueError(f"a request ended before its measurement did ({ended[0]}): its context is too short, or its "
+                         "logits are not finite")
+    guessing = guessing or [0.0] * steps
+    inside = [a - b for a, b in zip(whole, guessing)]
+    verifying = [seconds for seconds, n in zip(inside, chunks) if n] or inside
+    here = steps * len(prompts)
+    return Run(median(verifying), sum(guessing) / steps, sum(map(bool, chunks)) / steps, sum(chunks) / here,
+               right / max(1, tries), drafts / here, tokens / here, tokens / sum(whole))
+
+
+@contextmanager
+def timed_drafts(llm: LLM, seconds: list[float]):
+    """While it runs, `seconds` grows by the time of every step's drafting."""
+    if llm.speculator is None:
+        yield
+        return
+    draft = llm.speculator.draft
+    with patch.object(llm.speculator, "draft", lambda *plan: seconds.append(clock(lambda: draft(*plan), llm.device))):
+        yield
+
+
+def draft_rows(name: str, B: int, columns: list[list[Run]]) -> list[list]:
+    """A row for each of DRAFTS. columns: the turns of each."""
+    rows, plain = [], columns[0]
+    for n, turns in zip(DRAFTS, columns):
+        guessed = ["-", "-", "-"]
+        if n:
+            guessed = [median(getattr(run, name) for run in turns) for name in ("drafted", "right", "guessing")]
+            guessed = [guessed[0] * 100, guessed[1], guessed[2] * 1e3]
+        cost = ratio([run.seconds for run in turns], [run.seconds for run in plain])
+        rows.append([f"batch {B}, {name} {n}", *guessed[:2], median(run.tokens for run in turns),
+                     cost if n == 0 or any(run.busy for run in turns) else "-", guessed[2],
+                     median(run.speed for run in turns),
+                     median(run.predicted(before, B, n) for run, before in zip(turns, plain)),
+                     ratio([run.speed for run in turns], [run.speed for run in plain])])
+    return rows
+
+
+def rule_row(name: str, turns: list[Run], plain: list[Run]) -> list:
+    """Speculation on, which decides for itself how many drafts pay, beside speculation off."""
+    return [name, median(run.drafts for run in turns), median(run.tokens for run in turns),
+            median(run.speed for run in plain), median(run.speed for run in turns),
+            ratio([run.speed for run in turns], [run.speed for run in plain])]
+
+
+def print_drafts(what: str, rows: list[list], rules: list[list], note: str):
+    print_table(f"{what}: decode with so many drafts in each verification, whether they pay or not",
+                ["", "drafted %", "right", "tokens/step", "cost", "guess ms", "tokens/s", "predicted", "gain"], rows,
+                "Drafted: decodes that had drafts. Right: the chance of a draft behind right ones. Tokens: per request."
+                " Cost: a step with drafts beside one without, the guessing left out. Predicted: 1 + chance + ... + "
+                f"chance^n tokens, in such a step and the guessing before it. {note}")
+    worst = min((row[-1] for row in rules if row[-1] != "-"), default="-")
+    print_table(f"{what}: speculation on, which decides how many of up to 4 drafts pay, beside off",
+                ["", "drafts/step", "tokens/step", "tokens/s off", "on", "ratio"], rules,
+                f"The ratio may not be below 0.95, whatever the text. The smallest ratio is {show(worst)}.")
+
+
+def speculate(args: argparse.Namespace):
+    """Drafts of 0 to 8 tokens: by a draft model and by n-grams, and on a large model by an oracle."""
+    shape, device = args.random or "llama-1b", find_device(args.device)
+    dtype = "float32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
+    print(f"{machine(device)}, PyTorch {torch.__version__}")
+    show_pair(device, dtype)
+    told = [f"{shape} at batch 1, beside the goals for llama-1b on 2 cores."]
+    for bits, goal in ((None, 1.35), ("int8", 1.15)):
+        progress(f"making {shape}")
+        llm = LLM(config_of(shape), device, dtype, prefix_cache=False, max_seqs=16, num_blocks=512, quantization=bits,
+                  speculative_model="ngram")
+        cost, gain, repeated = show_oracle(llm, f"{shape} in {bits or llm.dtype}, random weights")
+        told += [f"In {bits or llm.dtype}, verifying 4 drafts costs {show(cost)} of a decode (goal: at most {goal});",
+                 f"4 drafts, each right with a chance of {SURE}, are {show(gain)} times as fast (goal: 2.2);",
+                 f"n-grams on an answer that repeats its prompt {show(repeated)} times (goal: 2)."]
+        del llm   # before the next one is made
+    print("\n" + textwrap.fill(" ".join(told), 100))
+
+
+def show_pair(device: torch.device, dtype: str):
+    """demo/llama with drafts of a demo model and of n-grams, on stories; each prompt is a held-out story's first
+    sentence."""
+    folder = next(DEMO.parent / name for name in ("draft", "gpt2") if (DEMO.parent / name).exists())
+    llm = LLM(DEMO, device, dtype, prefix_cache=False, max_seqs=16, num_blocks=1024, speculative_model=folder)
+    prompts = [llm.tokenizer.encode(text) for text in first_sentences(16)]
+    drafters = {f"demo/{folder.name}": llm.speculator.drafter, "n-grams": NgramDrafter()}
+    rows, rules = {name: [] for name in drafters}, {name: [] for name in drafters}
+    for B, steps in ((1, 60), (4, 30), (16, 15)):
+        progress(f"demo/llama, batch {B}")
+        ways = [way for drafter in drafters.values()
+                for way in (*(forced(drafter, n) for n in DRAFTS), Speculator(drafter, 4))]
+        columns = iter(in_turns([partial(run_drafts, llm, way, prompts[:B], steps) for way in ways], 3))
+        for name in drafters:
+            *runs, ruled = itertools.islice(columns, len(DRAFTS) + 1)
+            rows[name] += draft_rows(name, B, runs)
+            rules[name].append(rule_row(f"batch {B}, {name}", ruled, runs[0]))
+    print_drafts(f"demo/llama in {llm.dtype}", sum(rows.values(), []), sum(rules.values(), []),
+                 "Stories, greedy.")
+
+
+def show_oracle(llm: LLM, what: str) -> tuple:
+    """A large model with drafts of an oracle. At batch 1: the cost of verifying 4 drafts, the gain of 4 drafts, and
+    that of n-grams on an answer that repeats its prompt; "-" for what the turns do not agree on."""
+    rows, rules, found, n = [], [], (), 32
+    for B, steps in ((1, 12), (4, 8), (16, 5)):
+        progress(f"{what}, batch {B}")
+        prompts = [random_prompt(llm.config, n) for _ in range(B)]
+        llm.speculator = forced(NgramDrafter(), max(DRAFTS))   # the same text sooner
+        outs = llm.generate(prompts, SamplingParams(max_tokens=6 * (WARM + steps), ignore_eos=True))
+        texts = [prompt + out.token_ids for prompt, out in zip(prompts, outs)]
+        easy, wrong = (Oracle(texts, n, right, llm.config.V) for right in (SURE, 0.0))
+        ways = [(forced(easy, count), prompts) for count in DRAFTS]
+        ways += [(Speculator(drafter, 4), prompts) for drafter in (easy, wrong)]
+        ways.append((Speculator(NgramDrafter(), 4), [text[:n + REPEATED] for text in texts]))
+        columns = in_turns([partial(run_drafts, llm, *way, steps) for way in ways], 3)
+        runs, ruled = columns[:len(DRAFTS)], columns[len(DRAFTS):]
+        rows += draft_rows("drafts", B, runs)
+        names = f"right with {SURE}", "always wrong", "n-grams, repeating"
+        rules += [rule_row(f"batch {B}, {name}", turns, runs[0]) for name, turns in zip(names, ruled)]
+        if B == 1:
+            row = rows[DRAFTS.index(4)]
+            found = row[4], row[-1], rules[-1][-1]
+    print_drafts(what, rows, rules, f"An oracle drafts, and each draft is right with a chance of {SURE}: acceptance "
+                 "is a property of a pair of models, and cost of the machine.")
+    print("\n" + textwrap.fill(
+        "n-grams, repeating: random weights write the same token, or a cycle of a few, again and again. These prompts "
+        f"end with the first {REPEATED} tokens of their own answer, and the answer goes on so.", 100))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -980,7 +1214,8 @@ def kernels_command(args: argparse.Namespace):
 
 
 COMMANDS = {"phases": phases, "batch": batch, "cache": kv_cache, "traffic": traffic, "estimate": estimate,
-            "serve": serve, "sampling": sampling, "quantization": quantization, "cpu": cpu, "kernels": kernels_command}
+            "serve": serve, "sampling": sampling, "quantization": quantization, "speculate": speculate, "cpu": cpu,
+            "kernels": kernels_command}
 
 
 def main(argv: list[str] | None = None) -> int:

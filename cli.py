@@ -58,6 +58,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-seqs", type=int, default=64, metavar="N", help="texts that may be written at once (default: 64)")
     add("--kv-cache-dtype", default="auto", metavar="TYPE",
         help="int8: K and V in a byte a number, so that more tokens fit (default: auto, as the model computes them)")
+    add("--speculative-model", metavar="MODEL", help="who guesses tokens that the model then verifies in one step: "
+        "ngram, or the folder of a smaller model with the same vocabulary (default: nobody)")
+    add("--num-speculative-tokens", type=int, default=4, metavar="N",
+        help="guess at most N tokens per text and step (default: 4)")
     add("--json", action="store_true", help="print one JSON object per text instead of the text itself")
     add("--timeline", nargs="?", const="", metavar="FILE.svg",
         help="then draw who ran in which step, and the pool; to the terminal, or as a picture")
@@ -105,7 +109,8 @@ def serve(args: argparse.Namespace) -> int:
                                if name in SamplingParams.__dataclass_fields__ and value is not None})
     llm = LLM(args.model, args.device, args.dtype, args.attention, args.block_size, args.num_blocks,
               args.max_batched_tokens, args.max_seqs, quantization=args.quantization,
-              kv_cache_dtype=args.kv_cache_dtype)
+              kv_cache_dtype=args.kv_cache_dtype, speculative_model=args.speculative_model,
+              num_speculative_tokens=args.num_speculative_tokens)
     if llm.device.type == "cuda":   # what is compiled, loaded and recorded once is no part of TTFT and TPS
         with suppress(ValueError):   # hardly room for a prompt
             llm.generate([[0, 0]], SamplingParams(max_tokens=2, ignore_eos=True))
@@ -129,7 +134,9 @@ def serve(args: argparse.Namespace) -> int:
             else:
                 say(f"prefill: {out.prompt_tokens} tokens, first token after {out.ttft * 1000:.0f} ms (TTFT) | "
                     f"decode: {len(out.token_ids)} tokens at {out.tps:.0f} per second (TPS) | "
-                    f"KV: {out.blocks} blocks of {llm.pool.block_size} tokens")
+                    f"KV: {out.blocks} blocks of {llm.pool.block_size} tokens" + (
+                        f" | drafts: {out.drafted_tokens} guessed, {out.accepted_tokens} accepted"
+                        if llm.speculator else ""))
     if args.dtype == "auto" and any(out.token_ids for out in outputs):
         say(f"{llm.dtype}: {llm.dtype_reason}")
     for watcher in watchers:

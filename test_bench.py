@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -468,6 +469,116 @@ def test_sampling_prints_what_choosing_costs_beside_a_step(monkeypatch, hands, c
     assert "Choosing takes 37.5% of a step at most (tiny, batch 1: top-k 1000, top-p 0.9)" in bench.TABLES[0]["note"]
 
 
+def test_an_oracle_is_right_as_often_as_it_is_told_and_its_dice_fall_again_as_they_fell():
+    texts, V = [[i] * 3 + [(7 * j + i) % 50 for j in range(2000)] for i in range(2)], 50
+    for right in (0.0, 0.3, 0.8, 1.0):
+        drafted = []
+        for _ in range(2):
+            oracle = bench.Oracle(texts, 3, right, V)
+            requests = [SimpleNamespace(tokens=text[:length]) for text in texts for length in (3, 700, 1990)]
+            assert oracle.offers(requests, [8, 0, 20] * 2) == [8, 0, 13] * 2, "its room, and as far as it knows"
+            drafted.append(oracle.guess(requests, [690, 1200, 13] * 2))
+        assert drafted[0] == drafted[1] and list(map(len, drafted[0])) == [690, 1200, 13] * 2
+        hits = [[a == b for a, b in zip(drafts, texts[i // 3][len(request.tokens):])] for i, (drafts, request) in enumerate(zip(drafted[0], requests))]
+        share = sum(sum(hits, [])) / sum(map(len, hits))
+        assert abs(share - right) < 0.03 and (share == right or 0 < right < 1) and (hits[0] != hits[3] or right in (0, 1))
+
+
+@pytest.mark.parametrize("B, drafts", [(1, 0), (1, 4), (3, 2), (3, 8)])
+def test_drafts_are_measured_by_their_steps_and_predicted_from_them(hands, B, drafts):
+    """A step takes 10 seconds and one for each token that it runs; guessing takes 2."""
+    llm = LLM(config_of_tiny(), "cpu", "float32", prefix_cache=False, max_seqs=4, speculative_model="ngram")
+    prompts = [[i, 5, 7, 2] for i in range(B)]
+    llm.speculator = None
+    texts = [prompt + llm.generate([prompt], SamplingParams(max_tokens=160, ignore_eos=True))[0].token_ids for prompt in prompts]
+    llm.runner.forward = taking(llm.runner.forward, hands, lambda batch: 10 + len(batch.tokens_T))
+    plain = bench.run_drafts(llm, None, prompts, 9)
+    assert plain == bench.Run(10 + B, 0, 0, 0, 0, 0, 1, B / (10 + B)) and not llm.requests and not llm.watchers
+    for right in (0.0, 0.6, 1.0):
+        oracle = bench.Oracle(texts, 4, right, 99)
+        oracle.guess = taking(oracle.guess, hands, 2)
+        run = bench.run_drafts(llm, bench.forced(oracle, drafts), prompts, 9)
+        if not drafts:
+            assert run == plain
+            continue
+        step = 10 + B * (1 + drafts)
+        assert run[:4] == (step, 2, 1, 1) and run.drafts == drafts and run.speed == pytest.approx(B * run.tokens / (step + 2))
+        # By the dice: how many drafts are right behind every place at which a verification begins.
+        taken, tries, hits = 0, 0, 0
+        for text in texts:
+            at = len(text) - 160 + 1
+            for step_number in range(bench.WARM + 9):
+                guessed = oracle.guess([SimpleNamespace(tokens=text[:at])], [drafts])[0]
+                n = next((i for i, token in enumerate(guessed) if token != text[at + i]), drafts)
+                if step_number >= bench.WARM:
+                    taken, hits, tries = taken + n + 1, hits + n, tries + min(n + 1, drafts)
+                at += n + 1
+        assert (run.tokens, run.right) == (pytest.approx(taken / 9 / B), pytest.approx(hits / tries))
+        expected = sum(run.right ** n for n in range(drafts + 1))
+        assert run.predicted(plain, B, drafts) == pytest.approx(B * expected / (step + 2))
+        if right in (0, 1):
+            assert run.right == right and run.speed == pytest.approx(run.predicted(plain, B, drafts))
+
+
+def test_a_prediction_counts_the_decodes_without_drafts():
+    """In half of the steps one of two requests has drafts: 1.25 x 0.5 + 0.25 x 0.25 more tokens, between steps of 6 and 4 seconds."""
+    run = bench.Run(seconds=6, guessing=1, busy=0.5, drafted=0.25, right=0.5, drafts=0.5, tokens=9, speed=9)
+    assert run.predicted(bench.Run(4, 0, 0, 0, 0, 0, 1, 1), 2, 2) == 2 * (1 + 0.25 * 0.75) / (1 + 5)
+
+
+def config_of_tiny(context=512):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(bench.SHAPES, "tiny", TINY | dict(max_position_embeddings=context))
+        return config_of("tiny")
+
+
+def test_speculate_puts_each_number_into_its_column(monkeypatch, capsys):
+    seen = []
+
+    def run_drafts(llm, speculator, prompts, steps):
+        """Each draft adds 1% to a step of 10 ms, and 2% in int8; a forced one half a token; speculation on, 5 tokens in a step, n-grams 6."""
+        B, n, kind = len(prompts), speculator.most if speculator else 0, type(speculator.drafter).__name__ if speculator else ""
+        free = speculator and "worthwhile" not in vars(speculator)
+        seen.append((kind, n, B, bool(free), getattr(getattr(speculator, "drafter", None), "right", None)))
+        seconds = 0.01 * (1 + n * (0.02 if llm.model.weights["down"][0].scale is not None else 0.01))
+        tokens = (6 if kind == "NgramDrafter" else 0.5 if getattr(speculator.drafter, "right", 1) == 0 else 5) if free else 1 + n / 2
+        return bench.Run(seconds, 0.001 * bool(n), float(n > 0), float(n > 0), 0.5 * (n > 0), float(n), tokens, B * tokens / (seconds + 0.001 * bool(n)))
+    for name, value in (("TABLES", []), ("run_drafts", run_drafts)):
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setitem(bench.SHAPES, "tiny", TINY | dict(max_position_embeddings=512))
+    assert bench.main(["speculate", "--random", "tiny", "--device", "cpu"]) == 0
+    pair, pair_rule, plain, plain_rule, small, small_rule = bench.TABLES
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines()[1:])) <= 100
+    draft = "demo/draft" if (HERE / "demo/draft").exists() else "demo/gpt2"
+    for table, names, more in ((pair, [draft, "n-grams"], 0.01), (plain, ["drafts"], 0.01), (small, ["drafts"], 0.02)):
+        assert table["header"] == ["", "drafted %", "right", "tokens/step", "cost", "guess ms", "tokens/s", "predicted", "gain"]
+        rows = cells(table)
+        assert rows.keys() == {f"batch {B}, {name} {n}" for B in (1, 4, 16) for name in names for n in (0, 1, 2, 4, 8)}
+        for B, name, n in itertools.product((1, 4, 16), names, (0, 1, 2, 4, 8)):
+            seconds, guess = 0.01 * (1 + n * more), 0.001 * (n > 0)
+            speed, predicted = B * (1 + n / 2) / (seconds + guess), B * sum(0.5 ** i for i in range(n + 1)) / (seconds + guess)
+            assert list(rows[f"batch {B}, {name} {n}"].values())[1:] == [
+                *([100, 0.5] if n else ["-", "-"]), 1 + n / 2, pytest.approx(1 + n * more), pytest.approx(1) if n else "-",
+                pytest.approx(speed), pytest.approx(predicted), pytest.approx(speed / (B / 0.01))]
+    for table, names, more in ((pair_rule, [draft, "n-grams"], 0.01), (plain_rule, ["right with 0.8", "always wrong", "n-grams, repeating"], 0.01),
+                               (small_rule, ["right with 0.8", "always wrong", "n-grams, repeating"], 0.02)):
+        assert [row[0] for row in table["rows"]] == [f"batch {B}, {name}" for B in (1, 4, 16) for name in names] or table is pair_rule
+        for row in table["rows"]:
+            B, tokens = int(row[0].split(",")[0].split()[1]), 0.5 if "wrong" in row[0] else 6 if "n-grams" in row[0] else 5
+            speed = B * tokens / (0.01 * (1 + 4 * more) + 0.001)
+            assert row[1:] == [4, tokens, pytest.approx(B / 0.01), pytest.approx(speed), pytest.approx(speed / (B / 0.01))]
+        smallest = (5 if table is pair_rule else 0.5) / (1 + 4 * more + 0.1)
+        assert table["note"].endswith(f"The smallest ratio is {bench.show(smallest)}.")
+    told = " ".join(out.split())
+    for kind, more, goal in (("float32", 0.01, 1.35), ("int8", 0.02, 1.15)):
+        step = 1 + 4 * more
+        assert (f"In {kind}, verifying 4 drafts costs {step:.2f} of a decode (goal: at most {goal}); 4 drafts, each right with a chance of 0.8, "
+                f"are {3 / (step + 0.1):.2f} times as fast (goal: 2.2); n-grams on an answer that repeats its prompt {6 / (step + 0.1):.2f} times") in told
+    assert {(*way, B, False, right) for B in (1, 4, 16) for right in (0.8,) for way in (("Oracle", 1), ("Oracle", 2), ("Oracle", 4), ("Oracle", 8))} <= set(seen)
+    assert {(kind, 4, B, True, right) for B in (1, 4, 16) for kind, right in (("Oracle", 0.8), ("Oracle", 0.0), ("NgramDrafter", None), ("DraftModel", None))} <= set(seen)
+
+
 SPEEDS = {   # of each variant: a decode step of one, of 16, and a prefill, in milliseconds
     "float32": (8, 32, 64), "bfloat16": (6, 24, 40), "int8": (2, 16, 32), "int8 in bfloat16": (3, 17, 33),
     "int8 KV": (9, 30, 65), "int8 + int8 KV": (2.5, 18, 34)}
@@ -756,9 +867,12 @@ def test_timeline_shows_what_happened_in_every_step(lone):
                           ["free", "34", "34", "33", "32", "31", "31"]]
 
 
-def test_timeline_fits_the_terminal_and_loses_no_step(lone):
+@pytest.mark.parametrize("who", [None, "ngram"])
+def test_timeline_fits_the_terminal_and_loses_no_step(lone, who):
     folder, prompts, _ = lone["llama"]
-    llm = LLM(folder, block_size=4, num_blocks=22, max_batched_tokens=12)
+    llm = LLM(folder, block_size=4, num_blocks=22, max_batched_tokens=12, speculative_model=who)
+    if who:
+        llm.speculator.worthwhile = lambda requests, offers, rows: list(offers)
     timeline = watch.Timeline(llm)
     for i, n in [(4, 1), (4, 3), (0, 1), (7, 1), (2, 1)]:
         llm.add(prompts[i], SamplingParams(max_tokens=12, ignore_eos=True, n=n))
@@ -781,9 +895,108 @@ def test_timeline_fits_the_terminal_and_loses_no_step(lone):
         assert [n for span in spans for n in range(int(span[0]), int(span[-1]) + 1)] == list(range(1, len(timeline.pool) + 1))
     picture = ElementTree.fromstring(timeline.svg())
     titles = [title.text or "" for title in picture.iter("{http://www.w3.org/2000/svg}title")]
-    for kind in ("waiting", "preempted", "prefill", "decode"):
+    for kind in ("waiting", "preempted", "prefill", "decode") + ("verification",) * bool(who):
         assert sum(f": {kind}" in title for title in titles) >= sum(cell.kind == kind for cell in cells) > 0
     assert sum("in use" in title for title in titles) == 3 * len(timeline.pool)
+
+
+def watched_drafts(monkeypatch, who, prompts, params, **options):
+    """demo/llama with everything that is offered as a draft: timeline, explanation, outputs, and of each step for each
+    request (id, start, drafts, how many of them are what a lone run without drafts says)."""
+    monkeypatch.setattr(watch, "measured_ceiling", lambda device, dtype: Ceiling(5e11, 2e10))
+    llm = LLM(HERE / "demo/llama", dtype="float32", device="cpu", speculative_model=who, **options)
+    llm.speculator.worthwhile = lambda requests, offers, rows: list(offers)
+    plain = LLM(HERE / "demo/llama", dtype="float32", device="cpu")
+    texts = [plain.tokenizer.encode(prompt) + plain.generate([prompt], params)[0].token_ids for prompt in prompts]
+    timeline, explanation, steps = watch.Timeline(llm), watch.Explanation(llm), []
+
+    def note(plan, takers, tokens, logits_BV):
+        found = {}
+        for request, chunk in plan:
+            after, drafts = texts[request.output.id][chunk.start + 1:], chunk.tokens[1:] if chunk.logits > 1 else []
+            right = sum(all(a == b for a, b in itertools.zip_longest(drafts[:n], after[:n])) for n in range(1, len(drafts) + 1))
+            found[request.output.id] = chunk.start, drafts, right, after
+        steps.append(found)
+    llm.watchers.append(note)
+    outs = llm.generate(prompts, params)
+    assert [plain.tokenizer.encode(p) + o.token_ids for p, o in zip(prompts, outs)] == texts
+    return llm, timeline, explanation, outs, steps
+
+
+DRAFTERS = pytest.mark.parametrize("who, most", [("ngram", 4), (HERE / "demo/gpt2", 4), (HERE / "demo/gpt2", 1)], ids=["ngram", "gpt2", "gpt2, one"])
+
+
+@DRAFTERS
+def test_timeline_shows_how_many_drafts_were_accepted_and_refused(monkeypatch, who, most):
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    llm, timeline, _, outs, steps = watched_drafts(monkeypatch, who, ["The cat sat", "One day, Tom"], params, num_speculative_tokens=most)
+    boxes = [(rect[0].text, rect.get("fill"), float(rect.get("height")))
+             for rect in ElementTree.fromstring(timeline.svg()).iter("{http://www.w3.org/2000/svg}rect") if len(rect)]
+    head, *rows = [re.split("  +", line) for line in timeline.text(10 ** 4).split("\n")[:3]]
+    ends = [[int(n) for n in span.split("-")] for span in head[1:]]
+    columns = [column for column, span in enumerate(ends, 1) for _ in range(span[0], span[-1] + 1)]   # of each step
+    expected = Counter()
+    for out in outs:
+        signs, mine = [], [(step, found[out.id]) for step, found in enumerate(steps, 1) if out.id in found]
+        for step, (start, drafts, right, after) in mine:
+            if drafts:   # the part that was refused has a box of its own
+                told = f"step {step}: verification {len(drafts) + 1}, {len(drafts)} guessed, {right} accepted, {len(drafts) - right} refused"
+                expected[told, "#9467bd", 16.0] += 1
+                expected[told, "#dddddd", round(16 * (1 - right / len(drafts)), 1)] += right < len(drafts)
+            signs.append(f"+{right}-{len(drafts) - right}" if drafts else "━" if start else str(out.prompt_tokens))
+        signs[-1] = signs[-1].removesuffix("━") + "■"
+        assert [re.sub("━+", "━", rows[out.id][columns[step - 1]]) for step, _ in mine] == signs
+        assert sum(right + 1 for _, (_, _, right, _) in mine) == len(out.token_ids) == 60
+        assert sum(right for _, (_, _, right, _) in mine) == out.accepted_tokens
+    assert Counter(box for box in boxes if box[0] and "guessed" in box[0]) == +expected
+    kinds = [cell.kind for row in timeline.rows.values() for cell in row.values()]
+    assert sum(out.accepted_tokens for out in outs) > 3 and kinds.count("prefill") == 2 and not any(cell.found for row in timeline.rows.values() for cell in row.values())
+    assert "+3-1 3 drafts accepted, 1 refused" in " ".join(timeline.text(100).split()) and ">accepted; above: refused<" in timeline.svg()
+
+
+def test_timeline_of_an_engine_without_drafts_does_not_speak_of_them():
+    llm = LLM(HERE / "demo/llama", dtype="float32", device="cpu")
+    timeline = watch.Timeline(llm)
+    llm.generate(["The cat sat"], SamplingParams(max_tokens=9))
+    assert "refused" not in timeline.text(100) + timeline.svg() and "#9467bd" not in timeline.svg()
+
+
+@DRAFTERS
+def test_explanation_says_what_was_guessed_accepted_refused_and_taken(monkeypatch, who, most):
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    llm, _, explanation, _, steps = watched_drafts(monkeypatch, who, ["The cat sat", "One day, Tom"], params, block_size=32,
+                                                  num_speculative_tokens=most)
+    lines = []
+    explanation.show(lines.append)
+    assert max(map(len, "\n".join(lines).split("\n"))) <= 110
+    text = re.sub(r"\n {6,}", " ", "\n".join(lines))
+    told = dict(re.findall(r"^step (\S+): (.*(?:\n  .*)*)", text, re.M))
+
+    def ids(spelt):
+        return [int(word) for word in re.findall(r"(?:^|, )(\d+) ['\"]", spelt or "")]
+    for step, found in enumerate(steps, 1):
+        verified = {i: seen for i, seen in found.items() if seen[1]}
+        if not verified:
+            continue
+        heading, *_ = told[str(step)].split("\n")
+        parts = [f"{len(verified)} verification"] + [f"{len(found) - len(verified)} decode"] * (len(found) > len(verified))
+        assert heading == " and ".join(parts)
+        said = re.findall(r"^  drafts     request (\d+) guessed \[(.*?)\]: (accepted all|refused all|accepted \[(.*)\], refused \[(.*)\]), "
+                          r"took \[(.*?)\] (behind them|instead)$", told[str(step)], re.M)
+        assert {int(i) for i, *_ in said} == verified.keys() and len(said) == len(verified)
+        for i, guessed, became, accepted, refused, took, how in said:
+            start, drafts, right, after = verified[int(i)]
+            assert ids(guessed) == drafts and (ids(took) == after[right:right + 1] or not after[right:])
+            assert (how == "behind them") == (right == len(drafts)) == (became == "accepted all") and (became == "refused all") == (not right)
+            assert (ids(accepted), ids(refused)) == ((drafts[:right], drafts[right:]) if 0 < right < len(drafts) else ([], []))
+            assert f"request {i}, position {start}-{start + len(drafts)}: " in told[str(step)]
+        assert told[str(step)].count("\n  next  ") == sum(1 + right for _, _, right, _ in found.values())
+        cost = step_cost(llm.config, [(1 + len(drafts), start) for start, drafts, *_ in found.values()], 4,
+                         sum(1 + len(drafts) for _, drafts, *_ in found.values()))
+        assert f"cost       {cost.flops / 1e6:.1f} MFLOP / {cost.bytes / 1e6:.2f} MB = " in told[str(step)]
+    repeated = [list(map(int, span.split("-"))) for span, what in told.items() if what == "decodes like the one before"]
+    quiet = {step for step, found in enumerate(steps, 1) if not any(drafts for _, drafts, *_ in found.values())}
+    assert bool(repeated) == (who == "ngram") and all(set(range(first, last + 1)) <= quiet for first, last in ([*span, *span][:2] for span in repeated))
 
 
 def test_timeline_holds_any_prompt():

@@ -23,7 +23,7 @@ import model
 import nanoserve
 import paged_kv
 from nanoserve import LLM, SamplingParams
-from reference import NEW, plain
+from reference import CONFIGS, NEW, plain, tensors_of, write_checkpoint
 from test_tokenizer import SAMPLE
 from tokenizer import load_tokenizer
 from watch import Timeline
@@ -96,12 +96,55 @@ def test_in_a_batch_only_the_prompt_at_fault_ends():
     (["--prompt", "x", "--block-size", "0"], "block_size"), (["--prompt", "x", "--num-blocks", "-1"], "num_blocks"),
     (["--prompt", "x", "--num-blocks", "999999999999"], "blocks"), (["--prompt", "x", "--max-seqs", "0"], "max_seqs"),
     (["--prompt", "x", "--max-batched-tokens", "0"], "max_batched_tokens"), (["--prompt", "x " * 40, "--num-blocks", "1"], "KV pool"),
+    (["--prompt", "x", "--speculative-model", "/nowhere"], "speculative_model '/nowhere' does not exist: use ngram, or the folder of"),
+    (["--prompt", "x", "--speculative-model", "bigram"], "speculative_model 'bigram' does not exist: use ngram"),
+    (["--prompt", "x", "--speculative-model", str(HERE / "docs")], "config.json"),
+    (["--prompt", "x", "--speculative-model", "ngram", "--num-speculative-tokens", "0"], "num_speculative_tokens is 0: it must be"),
+    (["--prompt", "x", "--speculative-model", "ngram", "--num-speculative-tokens", "few"], "--num-speculative-tokens"),
     (["--prompts-file", "/nowhere/prompts"], "/nowhere/prompts"), (["--prompt", "x", "--prompts-file", "/"], "/"), (["--pompt", "x"], "--pompt"),
 ])
 def test_bad_input_ends_in_one_sentence_and_a_non_zero_exit(capfd, arguments, words):
     code = exit_code(cli.main, arguments)
     out, err = capfd.readouterr()
     assert code == 2 and out == "" and err.count("\n") == 1 and words in err, err
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(vocab_size=61), "61 tokens and the model's has 1024"), (dict(vocab_size=1024), "other words than the model's")])
+def test_a_draft_model_with_another_vocabulary_is_refused_in_one_sentence(tmp_path, capfd, change, words):
+    config = CONFIGS["llama"] | change
+    write_checkpoint(tmp_path, config, tensors_of(config))
+    saved = json.loads((HERE / "demo/llama/tokenizer.json").read_text())
+    vocabulary = saved["model"]["vocab"]
+    vocabulary["!"], vocabulary["?"] = vocabulary["?"], vocabulary["!"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    assert cli.main(["--prompt", "x", "--speculative-model", str(tmp_path)]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err == (f"nanoserve.py: speculative_model {tmp_path}: its vocabulary has {words}: "
+                                 "take a draft model with the same vocabulary\n")
+
+
+@pytest.mark.parametrize("who", ["ngram", str(HERE / "demo/gpt2")])
+def test_with_drafts_the_text_is_the_same_and_the_line_after_it_counts_them(capsys, monkeypatch, who):
+    monkeypatch.setattr("speculate.Speculator.worthwhile", lambda self, requests, offers, rows: list(offers))
+    prompts = ["--dtype", "float32", "--prompt", "The cat sat", "--prompt", "One day, Tom", "--max-tokens", "90", "--device", "cpu"]
+    assert cli.main(prompts) == 0
+    text, err = capsys.readouterr()
+    assert "drafts" not in err and "guessed" not in err
+    options = ["--speculative-model", who, "--num-speculative-tokens", "3"]
+    assert cli.main([*prompts, *options]) == 0
+    drafted, err = capsys.readouterr()
+    assert drafted == text
+    lines = re.findall(r"^prefill: .* \| KV: \d+ blocks of 16 tokens \| drafts: (\d+) guessed, (\d+) accepted$", err, re.M)
+    assert cli.main([*prompts[:4], *options, "--max-tokens", "1"]) == 0
+    assert "| drafts: 0 guessed, 0 accepted\n" in capsys.readouterr().err
+    assert cli.main([*prompts, *options, "--json"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [(str(r["drafted_tokens"]), str(r["accepted_tokens"])) for r in records]
+    assert all(0 < r["accepted_tokens"] < r["drafted_tokens"] for r in records)
+    # Every token of a prompt, of an answer but its last, and every refused draft was run once.
+    assert all(r["computed_tokens"] == r["prompt_tokens"] + len(r["token_ids"]) - 1 + r["drafted_tokens"] - r["accepted_tokens"]
+               for r in records)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -179,7 +222,7 @@ def test_help_names_every_option(capsys):
         cli.main(["--help"])
     text = capsys.readouterr().out
     for option in ("prompt", "prompts-file", "model", "max-tokens", "temperature", "top-k", "top-p", "seed", "stop", "ignore-eos", "device",
-                   "dtype", "attention", "block-size", "num-blocks", "max-batched-tokens", "max-seqs", "json"):
+                   "dtype", "attention", "speculative-model", "num-speculative-tokens", "block-size", "num-blocks", "max-batched-tokens", "max-seqs", "json"):
         assert f"--{option} " in text
     assert end.value.code == 0 and max(map(len, text.splitlines())) <= 100
 

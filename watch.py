@@ -31,6 +31,7 @@ from roofline import cost_of, measured_ceiling
 KINDS = {   # of what may happen to a request in a step: its sign in a terminal, its colour, what it means
     "waiting": ("·", "#dddddd", "waiting"), "preempted": ("!", "#d62728", "preempted"),
     "prefill": ("8", "#1f77b4", "prefill of 8 tokens"), "hit": ("48+8", "#ffbf00", "after 48 found computed"),
+    "verification": ("+3-1", "#9467bd", "3 drafts accepted, 1 refused"),
     "decode": ("━", "#7fc97f", "decode"), "end": ("■", "#333333", "last token"),
     "lost": ("x", "#d62728", "cut short")}
 ENDS = {"stop": "end", "length": "end", "error": "lost", "abort": "lost"}   # finish_reason -> kind
@@ -38,14 +39,20 @@ ENDS = {"stop": "end", "length": "end", "error": "lost", "abort": "lost"}   # fi
 
 class Cell(NamedTuple):
     """One request in one step."""
-    kind: str           # waiting, preempted, prefill or decode
+    kind: str           # waiting, preempted, prefill, decode or verification
     tokens: int = 0     # run in this step
     found: int = 0      # not run, as their K and V were there: prefix hit
+    accepted: int = 0   # drafts that were right, of tokens - 1 that were verified
+
+    @property
+    def refused(self) -> int:
+        return self.tokens - 1 - self.accepted if self.kind == "verification" else 0
 
     @property
     def sign(self) -> str:
         prefill = f"{self.found}+{self.tokens}" if self.found else f"{self.tokens}"
-        return prefill if self.kind == "prefill" else KINDS[self.kind][0]
+        signs = {"prefill": prefill, "verification": f"+{self.accepted}-{self.refused}"}
+        return signs.get(self.kind) or KINDS[self.kind][0]
 
 
 class Timeline:
@@ -67,11 +74,13 @@ class Timeline:
                 cells[request] = Cell("preempted")
         cells |= dict.fromkeys(takers, Cell("decode"))   # whose chunk is another's; who has one comes next
         for request, chunk in plan:
-            decode = len(chunk.tokens) == 1 and request.output.token_ids
             found = chunk.start if chunk.start != self.computed.get(request, 0) else 0
-            cells[request] = Cell("decode" if decode else "prefill", len(chunk.tokens), found)
-            # The other samples begin where this one's prompt ends.
-            self.computed |= dict.fromkeys(request.siblings, chunk.start + len(chunk.tokens))
+            cell = Cell(kind_of(request, chunk), len(chunk.tokens), found)
+            if cell.kind == "verification":
+                cell = cell._replace(accepted=takers.count(request) - 1)
+            cells[request] = cell
+            # The other samples begin where this one's prompt ends; behind a draft that was refused all is run again.
+            self.computed |= dict.fromkeys(request.siblings, chunk.start + cell.tokens - cell.refused)
         for request, cell in cells.items():
             self.rows[request][len(self.pool)] = cell
         self.pool.append((pool.num_referenced, len(pool.cached), len(pool.free)))
@@ -110,7 +119,8 @@ class Timeline:
                 if row := "".join(cells).rstrip():   # whoever is not there has none
                     lines.append(name + " " * (margin - columns(name)) + row)
             lines.append("")
-        legend = ", ".join(f"{sign} {meaning}" for sign, _, meaning in KINDS.values())
+        legend = ", ".join(f"{sign} {meaning}" for kind, (sign, _, meaning) in KINDS.items()
+                           if kind != "verification" or self.llm.speculator)
         legend = textwrap.wrap(f"{legend}; blocks: in the column's last step", width)
         return "\n".join([*lines, *legend])
 
@@ -135,7 +145,11 @@ class Timeline:
             for step, cell in cells.items():
                 x, width, title = xs[step], widths[step], f"step {step + 1}: {cell.kind} {cell.tokens or ''}"
                 title += f", {cell.found} found" * (cell.found > 0)
+                if cell.kind == "verification":
+                    title += f", {cell.tokens - 1} guessed, {cell.accepted} accepted, {cell.refused} refused"
                 box(x, y + 2, width, H - 4, cell.kind, title)
+                if cell.refused > 0:
+                    box(x, y + 2, width, (H - 4) * cell.refused / (cell.tokens - 1), "waiting", title)
                 if cell.kind == "prefill":
                     text(x + width / 2, y + H - 5, cell.sign, "middle", "white")
                 if cell.found:
@@ -152,8 +166,11 @@ class Timeline:
             box(x, y + height * (1 - used / total), width, height * used / total, "decode", title)
         text(left, y + height + 16, f"{len(self.pool)} steps")
         x, y = left, y + height + 2 * H
-        for kind, label in (("waiting", "waiting, free"), ("prefill", "prefill, tokens"), ("hit", "prefix hit, cached"),
-                            ("decode", "decode, in use"), ("preempted", "preempted"), ("end", "last token")):
+        labels = dict(waiting="waiting, free", prefill="prefill, tokens", hit="prefix hit, cached",
+                      decode="decode, in use", preempted="preempted", end="last token")
+        if self.llm.speculator:
+            labels |= dict(verification="accepted; above: refused")
+        for kind, label in labels.items():
             box(x, y, 12, 12, kind)
             text(x + 18, y + 11, label)
             x += 140
@@ -174,6 +191,13 @@ def columns(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
 
 
+def kind_of(request: Request, chunk: Chunk) -> str:
+    """What a step does for a request: prefill, decode or verification."""
+    if chunk.logits > 1:
+        return "verification"
+    return "decode" if len(chunk.tokens) == 1 and request.output.token_ids else "prefill"
+
+
 class Explanation:
     """What each step computes, where it puts it, by which kernel, at what cost, and what comes out."""
 
@@ -191,6 +215,9 @@ class Explanation:
             where = f"request {request.output.id}, position {span(first, last)}"
             lines += [f"tokens     {where}: {self.spell(chunk.tokens)}",
                       f"memory     block table {short(chunk.blocks)}; K and V go to {' to '.join(slots)}"]
+            if chunk.logits > 1:
+                taken = [token for taker, token in zip(takers, tokens) if taker is request]
+                lines.append(f"drafts     request {request.output.id} {self.verdict(chunk.tokens[1:], taken)}")
         lines += [f"attention  {line}" for line in describe_attention(llm, [chunk for _, chunk in plan])]
         cost = cost_of(llm, [(len(c.tokens), c.start) for _, c in plan], sum(c.logits for _, c in plan))
         bound = self.ceiling.verdict(cost)
@@ -202,22 +229,30 @@ class Explanation:
             best = ", ".join(f"{self.spell([i])} {p:.1%}" for i, p in zip(ids.tolist(), values.tolist()))
             temperature = request.params.temperature
             how = f"drawn at temperature {temperature:g}" if temperature else "greedy"
-            lines.append(f"next       {best} -> {self.spell([token]) if token >= 0 else 'none'}, {how}")
+            lines.append(f"next       {best} -> {self.spell([token])}, {how}")
         # A new block is news twice: the second one, and the third as the second is full.
-        kinds = [("prefill" if len(chunk.tokens) > 1 or not request.output.token_ids else "decode", request,
-                  len(chunk.blocks) == 2) for request, chunk in plan]
+        kinds = [(kind_of(request, chunk), request, len(chunk.blocks) == 2) for request, chunk in plan]
         self.steps.append((kinds, lines))
 
+    def verdict(self, drafts: list[int], taken: list[int]) -> str:
+        """What became of a request's drafts. taken: the tokens that the model took in their places, the last of them
+        in the place of the first draft that was refused, or behind all."""
+        n, all_right = len(taken) - 1, len(taken) > len(drafts)
+        became = "accepted all" if all_right else "refused all" if not n else (
+            f"accepted {self.spell(drafts[:n])}, refused {self.spell(drafts[n:])}")
+        return (f"guessed {self.spell(drafts)}: {became}, took {self.spell(taken[n:])} "
+                f"{'behind them' if all_right else 'instead'}")
+
     def spell(self, tokens: list[int]) -> str:
-        """Token ids with their texts."""
+        """Token ids with their texts; -1 is none."""
         decode = self.llm.tokenizer.decode if self.llm.tokenizer else lambda ids: ""
-        return short([f"{i} {decode([i])!r}" for i in tokens])
+        return "none" if tokens == [-1] else short([f"{i} {decode([i])!r}" for i in tokens])
 
     def show(self, say):
         """Every step that is not like the one before it, and the last one."""
         told, last = -1, len(self.steps) - 1
         for i, (kinds, lines) in enumerate(self.steps):
-            counts = sorted(Counter(kind for kind, *_ in kinds).items(), reverse=True)   # prefill first
+            counts = sorted(Counter(kind for kind, *_ in kinds).items(), reverse=True)   # decodes last
             if 1 < i < last and kinds == self.steps[i - 1][0] and counts[0][0] == "decode":
                 continue
             if i - told > 1:
