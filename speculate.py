@@ -45,6 +45,7 @@ from tokenizer import load_tokenizer
 
 WEIGHT, HOPE = 0.1, 0.001   # of a new trial in a chance; what a chance gains in a step that does not try it
 FADE = 0.999                # what a measured time is worth a step later
+UNLIKELY = 0.03             # a draft that is right less often is not worth thinking about
 
 
 class Speculator:
@@ -100,8 +101,11 @@ class Speculator:
         """How many of the offered drafts to take for each request, in a step that runs so many tokens without them. No
         step gets more than 8 tokens or twice as many as one that is known."""
         counts, deepest, tokens = [0] * len(requests), 0, len(requests)
-        drafts = sorted((-self.chances.get(request, self.usual) ** n, n, b)
-                        for b, (request, offer) in enumerate(zip(requests, offers)) for n in range(1, offer + 1))
+        drafts = []
+        for b, (request, offer) in enumerate(zip(requests, offers)):
+            chance = self.chances.get(request, self.usual)
+            drafts += [(-chance ** n, n, b) for n in range(1, offer + 1) if chance ** n > UNLIKELY]
+        drafts.sort()
         curve, a_pass = self.seconds.curve(), at(self.drafter.seconds.curve(), len(requests))
         drafts = drafts[:max(0, max(8, 2 * curve[-1][0] if curve else 0) - rows)]
         best, best_count = 0.0, len(drafts)
@@ -254,7 +258,7 @@ class DraftModel:
     def __init__(self, model: Model, pool: KVPool, max_batched_tokens: int, cuda_graphs: bool):
         self.runner = ModelRunner(model, pool.draft, pool, cuda_graphs)
         self.pool, self.max_batched_tokens, self.context = pool, max_batched_tokens, model.config.context
-        self.seconds = Times()   # of a pass by its number of tokens
+        self.seconds = Times()   # of a pass by the number of requests
         self.reached = {}        # Request -> the end of what was run in this step
 
     def offers(self, requests: list, rooms: list[int]) -> list[int]:
@@ -265,7 +269,7 @@ class DraftModel:
     def guess(self, requests: list, counts: list[int]) -> list[list[int]]:
         """Up to so many drafts for each request: one pass for what the draft has not seen yet and the first draft, then
         a pass for each further one."""
-        S, budget, writing = self.pool.block_size, self.max_batched_tokens, set()
+        begin, S, budget, writing = time.perf_counter(), self.pool.block_size, self.max_batched_tokens, set()
         drafts, chunks = {request: [] for request in requests}, []
         for request, count in zip(requests, counts):
             table = request.table
@@ -283,11 +287,12 @@ class DraftModel:
             again = [request for request in self.run(chunks, drafts) if len(drafts[request]) < wanted[request]]
             chunks = [(request, Chunk(drafts[request][-1:], self.reached[request], request.table.blocks,
                                       row=request.table.row)) for request in again]
+        if deepest := max(map(len, drafts.values())):
+            self.seconds.add(len(requests), (time.perf_counter() - begin) / deepest)
         return list(drafts.values())
 
     def run(self, chunks: list[tuple], drafts: dict) -> list:
         """One pass. The requests that have got a draft."""
-        begin = time.perf_counter()
         chunks.sort(key=lambda entry: len(entry[1].tokens))
         logits_BV = self.runner([chunk for _, chunk in chunks])
         takers = [request for request, chunk in chunks if chunk.logits]
@@ -299,7 +304,6 @@ class DraftModel:
         for request, token in zip(takers, tokens):
             if token >= 0:   # else the draft model's logits are not finite
                 drafts[request].append(token)
-        self.seconds.add(sum(len(chunk.tokens) for _, chunk in chunks), time.perf_counter() - begin)
         return [request for request, token in zip(takers, tokens) if token >= 0]
 
     def keep(self):
