@@ -788,8 +788,8 @@ def show_pair(device: torch.device, dtype: str):
 def show_oracle(llm: LLM, what: str) -> tuple:
     """A large model with drafts of an oracle. At batch 1: the cost of verifying 4 drafts, the gain of 4 drafts, and
     that of n-grams on an answer that repeats its prompt; "-" for what the turns do not agree on."""
-    rows, rules, found, n = [], [], (), 32
-    for B, steps in ((1, 12), (4, 8), (16, 5)):
+    rows, rules, found, n = [], [], (), 8
+    for B, steps, turns in ((1, 12, 3), (4, 5, 3), (16, 2, 2)):
         progress(f"{what}, batch {B}")
         prompts = [random_prompt(llm.config, n) for _ in range(B)]
         llm.speculator = forced(NgramDrafter(), max(DRAFTS))   # the same text sooner
@@ -799,7 +799,7 @@ def show_oracle(llm: LLM, what: str) -> tuple:
         ways = [(forced(easy, count), prompts) for count in DRAFTS]
         ways += [(Speculator(drafter, 4), prompts) for drafter in (easy, wrong)]
         ways.append((Speculator(NgramDrafter(), 4), [text[:n + REPEATED] for text in texts]))
-        columns = in_turns([partial(run_drafts, llm, *way, steps) for way in ways], 3)
+        columns = in_turns([partial(run_drafts, llm, *way, steps) for way in ways], turns)
         runs, ruled = columns[:len(DRAFTS)], columns[len(DRAFTS):]
         rows += draft_rows("drafts", B, runs)
         names = f"right with {SURE}", "always wrong", "n-grams, repeating"

@@ -18,7 +18,7 @@ is likely for both is taken by both (Daliri, Musco and Suresh 2025).
 
 There are two kinds of drafters. `NgramDrafter` looks for the last few tokens earlier in the text, and proposes what
 followed them there. `DraftModel` asks a smaller model, which keeps its K and V in blocks with the same numbers as the
-model's: one block table serves both. `Speculator` stands between a drafter and the loop, and decides how many drafts pay.
+model's: one block table serves both. `Speculator` stands between a drafter and the loop. It decides how many drafts pay.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import deque
+from itertools import accumulate
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 
 import kernels
-from batch import Chunk
+from batch import SHORT, Chunk
 from checkpoint import Config, load_weights, random_weights, read_config
 from model import Model, ModelRunner
 from paged_kv import KVPool
@@ -181,14 +182,14 @@ class Times:
 
 
 def at(curve: list[tuple[int, float]], rows: int) -> float:
-    """Seconds of a step of so many tokens: on a straight line between its neighbours or beyond the last two. Of fewer
-    tokens than were ever measured: in proportion, so that few are tried, too."""
+    """Seconds of a step of so many tokens: on a straight line between its neighbours, or beyond the last two. A step
+    of fewer tokens than were ever measured may take half as long as the smallest, or as its tokens are to its."""
     after = bisect_left(curve, (rows, 0.0))
     if not curve:
         return 0.0
     if after == 0 or len(curve) == 1:
         size, seconds = curve[0]
-        return seconds * min(1.0, rows / size)
+        return seconds * min(1.0, max(0.5, rows / size))
     inside = after < len(curve)
     (size, seconds), (size_2, seconds_2) = curve[after - 1:after + 1] if inside else curve[-2:]
     slope = (seconds_2 - seconds) / (size_2 - size)
@@ -256,7 +257,7 @@ class DraftModel:
     them. """
 
     def __init__(self, model: Model, pool: KVPool, max_batched_tokens: int, cuda_graphs: bool):
-        self.runner = ModelRunner(model, pool.draft, pool, cuda_graphs)
+        self.runner, self.cuda_graphs = ModelRunner(model, pool.draft, pool, cuda_graphs), cuda_graphs
         self.pool, self.max_batched_tokens, self.context = pool, max_batched_tokens, model.config.context
         self.seconds = Times()   # of a pass by the number of requests
         self.reached = {}        # Request -> the end of what was run in this step
@@ -278,8 +279,10 @@ class DraftModel:
             tokens = request.tokens[table.drafted:table.drafted + budget]
             blocks = table.blocks[table.drafted // S:self.pool.blocks_for(table.drafted + len(tokens))]
             if count and tokens and writing.isdisjoint(blocks):   # else another is about to write the same
-                last = table.drafted + len(tokens) == len(request.tokens)
-                chunks.append((request, Chunk(tokens, table.drafted, table.blocks, int(last), table.row)))
+                wants = int(table.drafted + len(tokens) == len(request.tokens))
+                if wants and self.cuda_graphs and len(tokens) <= SHORT:
+                    wants = len(tokens)   # so that a graph can replay it; the last ones count
+                chunks.append((request, Chunk(tokens, table.drafted, table.blocks, wants, table.row)))
                 writing.update(blocks)
                 budget -= len(tokens)
         wanted = dict(zip(requests, counts))
@@ -296,6 +299,9 @@ class DraftModel:
         chunks.sort(key=lambda entry: len(entry[1].tokens))
         logits_BV = self.runner([chunk for _, chunk in chunks])
         takers = [request for request, chunk in chunks if chunk.logits]
+        if len(takers) < len(logits_BV):
+            ends = accumulate(chunk.logits for _, chunk in chunks if chunk.logits)
+            logits_BV = logits_BV[[end - 1 for end in ends]]
         positions = [len(request.tokens) + len(drafts[request]) for request in takers]
         tokens = sample(logits_BV, [request.params for request in takers], [request.key for request in takers],
                         positions) if takers else []

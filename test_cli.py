@@ -24,6 +24,7 @@ import nanoserve
 import paged_kv
 from nanoserve import LLM, SamplingParams
 from reference import CONFIGS, NEW, plain, tensors_of, write_checkpoint
+from sampling import noise_key, sample
 from test_tokenizer import SAMPLE
 from tokenizer import load_tokenizer
 from watch import Timeline
@@ -230,7 +231,7 @@ def test_help_names_every_option(capsys):
 # ---------------------------------------------------------------------------------------------
 # The model that comes with the repository
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "draft"])
 def test_demo_logits_equal_the_plain_forward(name):
     folder = HERE / "demo" / name
     config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
@@ -241,22 +242,34 @@ def test_demo_logits_equal_the_plain_forward(name):
 
 
 def test_demo_checkpoints_share_a_tokenizer_and_fit_their_size():
-    a, b = (load_tokenizer(HERE / "demo" / name) for name in ("llama", "gpt2"))
+    a, *others = (load_tokenizer(HERE / "demo" / name) for name in ("llama", "gpt2", "draft"))
     for text in (SAMPLE, "The cat sat. <|endoftext|>"):
-        assert a.encode(text) == b.encode(text) and a.decode(a.encode(text)) == text
-    for name in ("llama", "gpt2"):
+        assert all(a.encode(text) == b.encode(text) for b in others) and a.decode(a.encode(text)) == text
+    for name, most in (("llama", 8_000_000), ("gpt2", 8_000_000), ("draft", 1_000_000)):
         files = list((HERE / "demo" / name).iterdir())
-        assert sum(f.stat().st_size for f in files) <= 8_000_000
+        assert sum(f.stat().st_size for f in files) <= most
         with safe_open(HERE / "demo" / name / "model.safetensors", framework="pt") as weights:
             assert list(weights.keys())
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "draft"])
 def test_demo_stories_end_by_themselves(name):
     llm = LLM(HERE / "demo" / name, dtype="float32")
     outs = llm.generate(["The cat sat", "Once upon a time", "One day, Tom"], SamplingParams(max_tokens=900))
     assert [out.finish_reason for out in outs] == ["stop"] * 3
     assert "".join(llm.stream("The cat sat", SamplingParams(max_tokens=900))) == outs[0].text
+
+
+def test_the_demo_draft_knows_what_the_model_will_say():
+    """On a story of the model's own, at temperature 0.8: what it would take in each place, with the noise of that place."""
+    llm, draft = (LLM(HERE / "demo" / name, dtype="float32") for name in ("llama", "draft"))
+    (story,) = llm.generate(["Once upon a time"], SamplingParams(max_tokens=300, temperature=0.8, seed=5))
+    prompt = llm.tokenizer.encode("Once upon a time")
+    logits = draft.logits(prompt + story.token_ids)[len(prompt) - 1:-1].cpu()
+    places = range(len(prompt), len(prompt) + len(logits))
+    drafts = sample(logits, [SamplingParams(temperature=0.8)] * len(logits), [noise_key(5)] * len(logits), list(places))
+    right = sum(a == b for a, b in zip(drafts, story.token_ids))
+    assert len(logits) > 60 and right > 0.9 * len(logits)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -468,7 +468,7 @@ def test_measured_times():
         times.add(10, seconds)
     ((size, seconds),) = times.curve()
     assert size == 10 and seconds == pytest.approx(2.5, rel=0.01)
-    assert at([(10, 2.0)], 10) == at([(10, 2.0)], 99) == 2.0 and at([(10, 2.0)], 5) == 1.0
+    assert at([(10, 2.0)], 10) == at([(10, 2.0)], 99) == 2.0 and at([(10, 2.0)], 8) == 1.6 and at([(10, 2.0)], 1) == 1.0
     line = [(2, 1.0), (6, 3.0), (10, 4.0)]
     assert [at(line, rows) for rows in (1, 2, 4, 6, 8, 10, 14)] == [0.5, 1.0, 2.0, 3.0, 3.5, 4.0, 5.0]
     assert at([(2, 4.0), (6, 3.0)], 10) == 3.0, "more tokens never take less"
