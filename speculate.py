@@ -115,9 +115,10 @@ class Speculator:
             best, best_count = tokens / seconds, 0
             for count, (probability, n, _) in enumerate(drafts, 1):
                 tokens, deepest = tokens - probability, max(deepest, n)
-                speed = tokens / (seconds + at(curve, rows + count) - without + deepest * a_pass)
-                if speed >= best:
-                    best, best_count = speed, count
+                if count == about(count, 3) or count == len(drafts):   # of many, some are enough
+                    speed = tokens / (seconds + at(curve, rows + count) - without + deepest * a_pass)
+                    if speed >= best:
+                        best, best_count = speed, count
         for _, _, b in drafts[:best_count]:
             counts[b] += 1
         return counts
@@ -196,10 +197,10 @@ def at(curve: list[tuple[int, float]], rows: int) -> float:
     return seconds_2 + (rows - size_2) * (slope if inside else max(0.0, slope))
 
 
-def about(rows: int) -> int:
-    """The number to four binary digits: 1 to 16, 18, 20, ... 32, 36, 40, ..."""
-    step = 1 << max(0, rows.bit_length() - 4)
-    return rows // step * step
+def about(number: int, digits: int = 4) -> int:
+    """The number to so many binary digits. To four: 1 to 16, 18, 20, ... 32, 36, 40, ..."""
+    step = 1 << max(0, number.bit_length() - digits)
+    return number // step * step
 
 
 # ---------------------------------------------------------------------------------------------
