@@ -18,7 +18,8 @@ is likely for both is taken by both (Daliri, Musco and Suresh 2025).
 
 There are two kinds of drafters. `NgramDrafter` looks for the last few tokens earlier in the text, and proposes what
 followed them there. `DraftModel` asks a smaller model, which keeps its K and V in blocks with the same numbers as the
-model's: one block table serves both. `Speculator` stands between a drafter and the loop. It decides how many drafts pay.
+model's: one block table serves both. `Speculator` stands between a drafter and the loop, and decides how many drafts
+pay.
 """
 
 from __future__ import annotations

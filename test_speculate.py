@@ -410,7 +410,7 @@ def test_the_rule_is_never_slower_than_no_drafts_and_gains_most_of_what_there_is
 def test_the_rule_takes_the_fastest_of_all_choices(data, B, prompt):
     """With a step of known cost and drafts that cost nothing themselves, against every choice there is."""
     offers = data.draw(st.lists(st.integers(0, 3), min_size=B, max_size=B))
-    chances = data.draw(st.lists(st.floats(0, 1), min_size=B, max_size=B))
+    chances = data.draw(st.lists(st.one_of(st.just(0.0), st.floats(0.35, 1)), min_size=B, max_size=B))
     slope, rows = data.draw(st.floats(0.01, 1.0)), B + prompt
     rule = Speculator(SimpleNamespace(seconds=Times(), keep=None), 3)
     crowd = [Key() for _ in range(B)]
