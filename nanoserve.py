@@ -460,7 +460,8 @@ class LLM:
             if self.speculator:
                 self.speculator.draft(plan, self.scheduler)
             begin = time.perf_counter()
-            rows = [(request, ahead) for request, chunk in plan for ahead in range(chunk.logits)]   # ahead: of so many
+            # Of each row of logits: its request, and how many drafts stand between its last token and the row's place.
+            rows = [(request, ahead) for request, chunk in plan for ahead in range(chunk.logits)]
             takers = [(sibling, ahead) for request, ahead in rows for sibling in request.siblings]
             logits_BV = self._logits([chunk for _, chunk in plan])
             if len(takers) > len(rows):

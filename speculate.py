@@ -91,8 +91,9 @@ class Speculator:
         rows = sum(len(chunk.tokens) for _, chunk in plan)
         budget, counts = scheduler.max_batched_tokens - rows, self.worthwhile(requests, offers, rows)
         for b, request in enumerate(requests):
-            counts[b] = scheduler.make_room(request, min(counts[b], budget))
-            budget -= counts[b]
+            if counts[b]:
+                counts[b] = scheduler.make_room(request, min(counts[b], budget))
+                budget -= counts[b]
         for (request, chunk), drafts in zip(decodes, self.drafter.guess(requests, counts)):
             if drafts:
                 self.drafts[request] = drafts
