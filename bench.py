@@ -772,7 +772,7 @@ def show_pair(device: torch.device, dtype: str):
     prompts = [llm.tokenizer.encode(text) for text in first_sentences(16)]
     drafters = {f"demo/{folder.name}": llm.speculator.drafter, "n-grams": NgramDrafter()}
     rows, rules = {name: [] for name in drafters}, {name: [] for name in drafters}
-    for B, steps in ((1, 100), (4, 80), (16, 60)):
+    for B, steps in ((1, 80), (4, 50), (16, 40)):
         progress(f"demo/llama, batch {B}")
         ways = [way for drafter in drafters.values()
                 for way in (*(forced(drafter, n) for n in DRAFTS), Speculator(drafter, 4))]
@@ -792,7 +792,7 @@ def show_oracle(llm: LLM, what: str) -> tuple:
     answer that repeats its prompt; "-" for what the turns do not agree on."""
     rows, rules, found, n = [], [], (), 8
     slow = llm.device.type == "cpu" and layer_weights(llm.config) > 5e8   # a second per step at batch 16
-    for B, steps in ((1, 20),) if slow else ((1, 20), (4, 12), (16, 8)):
+    for B, steps in ((1, 16),) if slow else ((1, 16), (4, 10), (16, 6)):
         progress(f"{what}, batch {B}")
         prompts = [random_prompt(llm.config, n) for _ in range(B)]
         llm.speculator = forced(NgramDrafter(), max(DRAFTS))   # the same text sooner

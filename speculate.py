@@ -47,6 +47,7 @@ from tokenizer import load_tokenizer
 
 WEIGHT, HOPE = 0.1, 0.001   # of a new trial in a chance; what a chance gains in a step that does not try it
 FADE = 0.999                # what a measured time is worth a step later
+MARGIN = 1.1                # drafts must promise so much, as what was measured is noisy
 UNLIKELY = 0.03             # a draft that is right less often is not worth thinking about
 
 
@@ -60,10 +61,12 @@ class Speculator:
         seconds    a decode step, plus what the drafts' rows add to it, plus the passes of the draft model
         speed      tokens / seconds
 
-    The times are measured as steps run (`Times`). So the number of drafts follows the text, the batch and the machine,
-    down to none. To notice that a text has become easy, a chance grows by HOPE in each step that does not try it. If a
-    try costs x of a step, it is made when the chance is about x. Its failure takes WEIGHT * x off the chance, which
-    needs WEIGHT * x / HOPE steps to come back. So tries cost HOPE / WEIGHT = 1% of the time, however large x is.
+    If that is less than MARGIN times the speed without drafts, there are none. The times are measured as steps run
+    (`Times`). So the number of drafts follows the text, the batch and the machine, down to none.
+
+    To notice that a text has become easy, a chance grows by HOPE in each step that does not try it. If a try costs x of
+    a step, it is made when the chance is about x. Its failure takes WEIGHT * x off the chance, which needs WEIGHT * x /
+    HOPE steps to come back. So tries cost HOPE / WEIGHT = 1% of the time, however large x is.
     """
 
     def __init__(self, drafter: NgramDrafter | DraftModel, most: int):
@@ -114,7 +117,7 @@ class Speculator:
         best, best_count = 0.0, len(drafts)
         if curve:
             seconds, without = at(curve, len(requests)), at(curve, rows)
-            best, best_count = tokens / seconds, 0
+            best, best_count = MARGIN * tokens / seconds, 0
             for count, (probability, n, _) in enumerate(drafts, 1):
                 tokens, deepest = tokens - probability, max(deepest, n)
                 if count == about(count, 3) or count == len(drafts):   # of many, some are enough
@@ -154,7 +157,7 @@ class Speculator:
 
 
 class Times:
-    """How long a step takes by its number of tokens: the median of the last five steps of about that size.
+    """How long a step takes by its number of tokens: the median of the last nine steps of about that size.
 
     The first step of a size does not count: it compiles, records a graph or touches memory for the first time. A size
     is known from its third step on. What is not measured again fades, so that it is tried again one day.
@@ -169,13 +172,11 @@ class Times:
         self.steps += 1
         size = about(rows)
         if size not in self.recent:
-            self.recent[size] = deque(maxlen=5)
+            self.recent[size] = deque()
             return
-        recent = self.recent[size]
-        if size in self.typical:
-            fade = FADE ** (self.steps - 1 - self.typical[size][1])
-            recent.extend([old * fade for old in recent])   # in the place of the old ones
-        recent.append(seconds)
+        _, measured = self.typical.get(size, (0.0, self.steps - 1))
+        fade = FADE ** (self.steps - 1 - measured)
+        recent = self.recent[size] = deque([*(old * fade for old in self.recent[size]), seconds], maxlen=9)
         if len(recent) > 1:
             self.typical[size] = sorted(recent)[(len(recent) - 1) // 2], self.steps
 
@@ -257,7 +258,8 @@ class DraftModel:
     request it has read. It reads a prompt when the request begins to decode, in chunks of the token budget, so drafts
     begin a little later than the text. It falls behind while drafts do not pay, and catches up when they do. A block
     that others computed has the draft's K and V if it is in `pool.drafted`; if not, one of those who share it computes
-    them. """
+    them.
+    """
 
     def __init__(self, model: Model, pool: KVPool, max_batched_tokens: int, cuda_graphs: bool):
         self.runner, self.cuda_graphs = ModelRunner(model, pool.draft, pool, cuda_graphs), cuda_graphs

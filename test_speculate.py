@@ -20,7 +20,7 @@ import speculate
 from nanoserve import LLM, SamplingParams
 from reference import CONFIGS, GPT2, LLAMA, NEW, repeat, tensors_of, write_checkpoint
 from roofline import kv_bytes
-from speculate import HOPE, DraftModel, NgramDrafter, Speculator, Times, about, at
+from speculate import HOPE, MARGIN, DraftModel, NgramDrafter, Speculator, Times, about, at
 from test_nanoserve import (DEVICE, HERE, arrivals, assert_tokens_do_not_depend_on_company, check_pool, check_steps,
                             engine_options)
 
@@ -428,13 +428,13 @@ def test_the_rule_takes_the_fastest_of_all_choices(data, B, prompt):
     counts = rule.worthwhile(crowd, offers, rows)
     assert all(n <= offer for n, offer in zip(counts, offers))
     best = max(map(speed, itertools.product(*(range(offer + 1) for offer in offers))))
-    assert speed(counts) == pytest.approx(best, rel=1e-9)
+    assert speed(counts) == pytest.approx(best if best >= MARGIN * speed([0] * B) else speed([0] * B), rel=1e-9)
 
 
 def test_a_pass_of_the_draft_model_counts():
     """A draft that is right 8 times in 10 and verified for nothing: a second one is worth a pass that costs half of a step, and
     none is worth one that costs a whole step."""
-    for pass_seconds, wanted in ((0.0, 3), (0.05, 3), (0.5, 2), (0.7, 1), (1.0, 0)):
+    for pass_seconds, wanted in ((0.0, 3), (0.05, 3), (0.5, 2), (0.6, 1), (0.7, 0), (1.0, 0)):
         rule, request = Speculator(SimpleNamespace(seconds=Times()), 3), Key()
         rule.chances[request] = 0.8
         for _ in range(3):
@@ -467,7 +467,7 @@ def test_measured_times():
     for seconds in (99.0, 2.0, 7.0, 3.0, 2.5, 2.0, 2.0):   # the first does not count, nor do outliers
         times.add(10, seconds)
     ((size, seconds),) = times.curve()
-    assert size == 10 and seconds == pytest.approx(2.5, rel=0.01)
+    assert size == 10 and seconds == pytest.approx(2.0, rel=0.01)
     assert at([(10, 2.0)], 10) == at([(10, 2.0)], 99) == 2.0 and at([(10, 2.0)], 8) == 1.6 and at([(10, 2.0)], 1) == 1.0
     line = [(2, 1.0), (6, 3.0), (10, 4.0)]
     assert [at(line, rows) for rows in (1, 2, 4, 6, 8, 10, 14)] == [0.5, 1.0, 2.0, 3.0, 3.5, 4.0, 5.0]
