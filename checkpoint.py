@@ -58,7 +58,7 @@ class Config:
     tied: bool                     # the head is the token embedding
     scales: list[float]            # per layer, what q.k is multiplied by
     windows: list[int | None]      # per layer, how many keys back a query sees; None: all
-    rope: dict                     # rope_theta, rope_type and what the type needs
+    rope: dict                     # rope_theta, rope_type, what the type needs; attention_factor multiplies q and k
     eos: list[int]                 # tokens that end a text
     dtype: str                     # in which the weights were stored
     stored: str | None             # "int8" or "fp8" where those that are multiplied may be stored so, with scales
@@ -86,8 +86,9 @@ KINDS = {int: "a whole number from 1 to 2147483647", float: "a number above 0", 
 class Fields:
     """A JSON object from a file; a missing or mistyped entry is named in the error."""
 
-    def __init__(self, path: Path):
-        self.path, self.values = path, read_json(path)
+    def __init__(self, path: Path, values: dict | None = None):
+        """values: an object inside the one of the file."""
+        self.path, self.values = path, read_json(path) if values is None else values
 
     def get(self, key: str, default):
         """The entry, of the default's type, or the default where it is absent or null. Numbers are sizes: above 0."""
@@ -235,6 +236,10 @@ def read_llama_config(raw: Fields, model_type: str, common: dict) -> Config:
     E, H, L = raw.need("hidden_size"), raw.need("num_attention_heads"), raw.need("num_hidden_layers")
     D = raw.get("head_dim", max(1, E // H))
     windows = read_windows(raw, model_type, L)
+    context = raw.get("max_position_embeddings", {"llama": 2048, "mistral": 131072}.get(model_type, 32768))
+    rope = read_rope(raw, D, context)
+    if rope["rope_type"] == "yarn":   # the context beside it is often still that without it
+        context = max(context, int(rope["factor"] * rope["original_max_position_embeddings"]))
     biased = {"qkv"} if model_type == "qwen2" else set()
     if model_type in ("llama", "qwen3") and raw.get("attention_bias", False):
         biased |= {"qkv", "out"}
@@ -243,9 +248,8 @@ def read_llama_config(raw: Fields, model_type: str, common: dict) -> Config:
     return Config(
         family="llama", L=L, E=E, H=H, K=raw.get("num_key_value_heads", H), D=D, I=raw.need("intermediate_size"),
         V=raw.need("vocab_size"), activation=raw.get("hidden_act", "silu"), eps=raw.get("rms_norm_eps", 1e-6),
-        context=raw.get("max_position_embeddings", {"llama": 2048, "mistral": 131072}.get(model_type, 32768)),
-        biased=biased, qk_norm=model_type == "qwen3", tied=raw.get("tie_word_embeddings", False),
-        scales=[D ** -0.5] * L, windows=windows, rope=read_rope(raw, D), **common)
+        context=context, biased=biased, qk_norm=model_type == "qwen3", tied=raw.get("tie_word_embeddings", False),
+        scales=[D ** -0.5] * L, windows=windows, rope=rope, **common)
 
 
 def read_windows(raw: Fields, model_type: str, L: int) -> list[int | None]:
@@ -269,12 +273,12 @@ def read_windows(raw: Fields, model_type: str, L: int) -> list[int | None]:
     return [window if name == "sliding_attention" else None for name in layers]
 
 
-def read_rope(raw: Fields, D: int) -> dict:
+def read_rope(raw: Fields, D: int, context: int) -> dict:
     """{"rope_type", "rope_theta", ...} from either spelling: `rope_scaling` and `rope_theta`, or `rope_parameters`."""
     rope = dict(raw.get("rope_scaling", raw.get("rope_parameters", {})))
     rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
     rope["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-    needs = {"default": (), "linear": ("factor",), "llama3": (
+    needs = {"default": (), "linear": ("factor",), "yarn": ("factor",), "llama3": (
         "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
     if rope["rope_type"] not in list(needs):   # it may be anything
         raise ValueError(f"{raw.path}: rope type {rope['rope_type']!r} is not supported: only {', '.join(needs)} are")
@@ -285,7 +289,22 @@ def read_rope(raw: Fields, D: int) -> dict:
     if rope.get("partial_rotary_factor", raw.values.get("partial_rotary_factor", 1)) != 1 or D % 2:
         raise ValueError(f"{raw.path}: rotating part of a head is not supported ('partial_rotary_factor' other than 1, "
                          "or an odd head size)")
-    return rope
+    return rope | (read_yarn(raw, rope, context) if rope["rope_type"] == "yarn" else {"attention_factor": 1.0})
+
+
+def read_yarn(raw: Fields, rope: dict, context: int) -> dict:
+    """What yarn is told beside its factor, or what it takes where it is told nothing. `attention_factor` makes q.k
+    larger, the more the further positions are stretched: attention over more tokens is too even (Peng et al. 2023,
+    section 3.4)."""
+    said, trained = Fields(raw.path, rope), "original_max_position_embeddings"
+    yarn = {trained: said.get(trained, raw.get(trained, context)), "truncate": said.get("truncate", True),
+            "beta_fast": said.get("beta_fast", 32.0), "beta_slow": said.get("beta_slow", 1.0)}
+    if yarn["beta_fast"] < yarn["beta_slow"] or rope["rope_theta"] <= 1:
+        raise ValueError(f"{raw.path}: rope type 'yarn' needs a 'beta_fast' that is not below its 'beta_slow', "
+                         "and a 'rope_theta' above 1")
+    mscales = said.get("mscale", 0.0), said.get("mscale_all_dim", 0.0)   # DeepSeek's; they count only together
+    above, below = (1 + 0.1 * m * math.log(max(1, rope["factor"])) for m in (mscales if all(mscales) else (1, 0)))
+    return yarn | {"attention_factor": said.get("attention_factor", above / below)}
 
 
 # ---------------------------------------------------------------------------------------------

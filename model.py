@@ -63,7 +63,7 @@ class Model:
         x_TE = w["embedding"][0].weight[batch.tokens_T]
         if llama:
             angles_T1P = batch.positions_T[:, None, None] * self.frequencies    # P = D / 2 pairs
-            turns_T1P = torch.polar(torch.ones_like(angles_T1P), angles_T1P)
+            turns_T1P = torch.polar(torch.full_like(angles_T1P, c.rope["attention_factor"]), angles_T1P)
         else:
             x_TE += w["position"][0].weight[batch.positions_T]
 
@@ -116,6 +116,14 @@ def rope_frequencies(rope: dict, D: int) -> Tensor:
         turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)   # in the trained context
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return keep * frequency + (1 - keep) * frequency / rope["factor"]
+    if rope["rope_type"] == "yarn":         # this ramp is even over the pairs, not over their turns (Peng et al. 2023)
+        first, last = (D / 2 * math.log(rope["original_max_position_embeddings"] / (2 * math.pi * turns))
+                       / math.log(rope["rope_theta"]) for turns in (rope["beta_fast"], rope["beta_slow"]))
+        if rope["truncate"]:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, D - 1)
+        keep = 1 - ((torch.arange(D // 2) - first) / (last - first or 0.001)).clamp(0, 1)
         return keep * frequency + (1 - keep) * frequency / rope["factor"]
     return frequency
 

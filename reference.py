@@ -30,6 +30,7 @@ LLAMA = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=
 MISTRAL, QWEN2, QWEN3 = (LLAMA | dict(model_type=name.lower(), architectures=[f"{name}ForCausalLM"])
                          for name in ("Mistral", "Qwen2", "Qwen3"))
 LLAMA3_ROPE = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=40)
 FAMILIES = {
     "gpt2": GPT2,
     "gpt2 relu, n_inner, scaled by layer": GPT2 | dict(activation_function="relu", n_inner=40, layer_norm_epsilon=1e-3,
@@ -43,10 +44,14 @@ FAMILIES = {
     "llama 3.1, new spelling": LLAMA | dict(head_dim=32, rope_parameters=LLAMA3_ROPE | dict(rope_type="llama3", rope_theta=2e4),
                                             dtype="float32"),
     "llama linear rope, old spelling": LLAMA | dict(rope_scaling={"type": "linear", "factor": 4.0}),
+    "llama yarn, as DeepSeek has it": LLAMA | dict(head_dim=32, rope_parameters=YARN | dict(
+        mscale=0.707, mscale_all_dim=0.5, beta_fast=3, beta_slow=0.2, truncate=False, rope_theta=300.0)),
     "mistral": MISTRAL | dict(sliding_window=9, num_key_value_heads=1),
     "mistral without a window": MISTRAL | dict(sliding_window=None),
     "qwen2": QWEN2 | dict(sliding_window=5),
     "qwen2 with windows": QWEN2 | dict(sliding_window=5, use_sliding_window=True, max_window_layers=1),
+    "qwen2 yarn, old spelling": QWEN2 | dict(rope_scaling=dict(type="yarn", factor=4.0, original_max_position_embeddings=40),
+                                             max_position_embeddings=40, head_dim=32, rope_theta=200.0),
     "qwen3": QWEN3 | dict(head_dim=16, num_attention_heads=6),
     "qwen3 with biases, windows by name": QWEN3 | dict(attention_bias=True, sliding_window=7, use_sliding_window=True,
                                                        layer_types=["sliding_attention", "full_attention"]),
@@ -288,8 +293,38 @@ def plain_frequencies(c: dict) -> list[float]:
             elif wavelength > old / rope["high_freq_factor"]:
                 smooth = (old / wavelength - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
                 f = (1 - smooth) * f / rope["factor"] + smooth * f
+        if kind == "yarn":
+            first, last = yarn_pairs(c, rope, theta)
+            stretched = min(1, max(0, (i - first) / (last - first if last != first else 0.001)))
+            f = stretched * f / rope["factor"] + (1 - stretched) * f
         frequencies.append(f)
     return frequencies
+
+
+def yarn_pairs(c: dict, rope: dict, theta: float) -> tuple[float, float]:
+    """The last pair that is left as it is, and the first that is stretched in full: those that turn beta_fast and
+    beta_slow times within the context of the training. Pairs are counted in real numbers, or rounded away from each other."""
+    D, old = heads(c)[2], rope.get("original_max_position_embeddings") or c["max_position_embeddings"]
+    turns = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
+    # theta ^ (-2 i / D) * old = 2 pi turns, solved for i
+    first, last = (D / 2 * math.log(old / (2 * math.pi * n), theta) for n in turns)
+    if rope.get("truncate") is not False:
+        first, last = math.floor(first), math.ceil(last)
+    return max(first, 0), min(last, D - 1)
+
+
+def plain_attention_factor(c: dict) -> float:
+    """What yarn multiplies q and k by."""
+    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
+    if rope.get("rope_type", rope.get("type")) != "yarn":
+        return 1.0
+    if rope.get("attention_factor"):
+        return rope["attention_factor"]
+    if rope["factor"] <= 1:
+        return 1.0
+    m, n = rope.get("mscale"), rope.get("mscale_all_dim")
+    return (0.1 * m * math.log(rope["factor"]) + 1) / (0.1 * n * math.log(rope["factor"]) + 1) if m and n else (
+        0.1 * math.log(rope["factor"]) + 1)
 
 
 def plain_window(c: dict, l: int) -> int | None:
@@ -316,7 +351,7 @@ def plain_llama(c: dict, w: dict[str, Tensor], ids: list[int], kv) -> Tensor:
 
     def turn(x):   # each pair of a head's dimensions as a complex number
         x = torch.complex(x[..., :D // 2], x[..., D // 2:]) * torch.polar(torch.ones_like(angles), angles)
-        return torch.cat([x.real, x.imag], -1)
+        return torch.cat([x.real, x.imag], -1) * plain_attention_factor(c)
 
     x = w["embed_tokens.weight"][ids]
     for l in range(c["num_hidden_layers"]):

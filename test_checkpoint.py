@@ -26,9 +26,9 @@ import kernels
 import model
 from linear import Part, widen
 from nanoserve import LLM, SamplingParams
-from reference import (FAMILIES, GPT2, LLAMA, LLAMA3_ROPE, MISTRAL, QWEN2, QWEN3, compressed_tensors, dequantised, fp8_blocks,
-                       in_8_bits, linear_layers, llama_tensors, plain, plain_frequencies, plain_greedy, tensors_of,
-                       write_checkpoint)
+from reference import (FAMILIES, GPT2, LLAMA, LLAMA3_ROPE, MISTRAL, QWEN2, QWEN3, YARN, compressed_tensors, dequantised,
+                       fp8_blocks, in_8_bits, linear_layers, llama_tensors, plain, plain_attention_factor, plain_frequencies,
+                       plain_greedy, tensors_of, write_checkpoint)
 from test_tokenizer import split_by, tokenizer_json
 
 HERE = Path(__file__).parent
@@ -78,7 +78,8 @@ def llama3_ropes(draw):
 EPS, SWITCH, ACTIVATION = [None, 1e-6, 1e-5, 0.01, 1], [None, False, True], [None, *checkpoint.ACTIVATIONS]
 FULL, SLIDING = "full_attention", "sliding_attention"
 ROPES = [None, {"rope_type": "default"}, {"type": "linear", "factor": 0.5}, {"rope_type": "linear", "factor": 3},
-         LLAMA3_ROPE | {"rope_type": "llama3"}]
+         LLAMA3_ROPE | {"rope_type": "llama3"}, YARN, YARN | dict(beta_fast=4, beta_slow=0.5), YARN | dict(factor=0.5),
+         YARN | dict(mscale=2, mscale_all_dim=0.5), YARN | dict(mscale=2), YARN | dict(attention_factor=1.4, truncate=False)]
 GPT2_OPTIONS = dict(
     n_inner=[None, 12, 40], activation_function=ACTIVATION, layer_norm_epsilon=EPS, scale_attn_weights=SWITCH,
     scale_attn_by_inverse_layer_idx=SWITCH, tie_word_embeddings=SWITCH)
@@ -155,6 +156,45 @@ def test_slow_frequencies_are_squeezed_fast_ones_kept_and_those_between_on_a_ram
                                rtol=2e-5, atol=0)
 
 
+@settings(max_examples=200)
+@given(theta=st.floats(2, 1e6), factor=st.floats(0.5, 50), original=st.integers(1, 100000), slow=st.floats(0.1, 4),
+       more=st.floats(1, 40), truncate=st.booleans(), D=st.sampled_from([2, 4, 32, 128]))
+@example(theta=1e6, factor=4.0, original=32768, slow=1, more=32, truncate=True, D=128)   # Qwen2.5
+@example(theta=1e4, factor=40.0, original=4096, slow=1, more=32, truncate=True, D=64)    # DeepSeek-V3
+@example(theta=1e6, factor=4.0, original=32768, slow=1, more=1, truncate=False, D=128)   # no ramp
+def test_yarn_keeps_pairs_that_turn_often_and_stretches_those_that_turn_seldom(theta, factor, original, slow, more, truncate, D):
+    rope = dict(rope_type="yarn", rope_theta=theta, factor=factor, original_max_position_embeddings=original, beta_slow=slow,
+                beta_fast=slow * more, truncate=truncate)
+    expected = plain_frequencies(dict(rope_parameters=rope, num_attention_heads=1, head_dim=D))
+    torch.testing.assert_close(model.rope_frequencies(rope, D).double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("said, computed", [
+    ({}, dict(beta_fast=32, beta_slow=1, truncate=True, attention_factor=1 + 0.1 * math.log(4))),
+    (dict(beta_fast=None, beta_slow=None, truncate=None, attention_factor=None, mscale=None),
+     dict(beta_fast=32, beta_slow=1, truncate=True, attention_factor=1 + 0.1 * math.log(4))),
+    (dict(mscale=0.5, mscale_all_dim=2), dict(attention_factor=(1 + 0.05 * math.log(4)) / (1 + 0.2 * math.log(4)))),
+    (dict(mscale=0.5), dict(attention_factor=1 + 0.1 * math.log(4))), (dict(factor=0.9), dict(attention_factor=1)),
+    (dict(mscale=1, mscale_all_dim=1), dict(attention_factor=1)),
+    (dict(attention_factor=1.25, mscale=0.5, mscale_all_dim=2), dict(attention_factor=1.25)),
+    (dict(original_max_position_embeddings=None), dict(original_max_position_embeddings=160)),
+])
+def test_what_yarn_is_not_told_it_works_out(tmp_path, said, computed):
+    config = LLAMA | dict(rope_scaling=YARN | said)
+    rope = checkpoint.read_config(write_checkpoint(tmp_path, config, {})).rope
+    assert {key: rope[key] for key in computed} == pytest.approx(computed)
+    assert rope["attention_factor"] == pytest.approx(plain_attention_factor(config))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "yarn" in name])
+def test_the_yarn_configs_above_have_frequencies_in_all_three_ranges(name):
+    config = FAMILIES[name]
+    rope = config.get("rope_parameters") or config["rope_scaling"]
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    kept = [f * theta ** (i / 16) for i, f in enumerate(plain_frequencies(config))]
+    assert min(kept) < 0.2501 and max(kept) > 0.9999 and any(0.26 < k < 0.99 for k in kept), kept
+
+
 @pytest.mark.parametrize("name", [name for name in FAMILIES if "3.1" in name])
 def test_the_llama_3_configs_above_have_frequencies_in_all_three_ranges(name):
     config = FAMILIES[name]
@@ -171,6 +211,9 @@ def test_the_llama_3_configs_above_have_frequencies_in_all_three_ranges(name):
     (GPT2, dict(n_positions=70, n_ctx=90), dict(context=70)),
     (LLAMA, {}, dict(context=160, tied=False, windows=[None] * 2)),
     (LLAMA, dict(max_position_embeddings=None), dict(context=2048)),
+    (LLAMA, dict(rope_scaling=YARN | dict(factor=2.5)), dict(context=160)),   # what yarn stretches to, if that is more
+    (LLAMA, dict(rope_scaling=YARN | dict(factor=7.5)), dict(context=300)),
+    (LLAMA, dict(rope_scaling=YARN | dict(type="yarn", original_max_position_embeddings=None)), dict(context=640)),
     (MISTRAL, dict(max_position_embeddings=None), dict(context=131072, windows=[4096] * 2)),
     (MISTRAL, dict(sliding_window=None), dict(windows=[None] * 2)),   # null is not what is left out
     (QWEN2, dict(sliding_window=None, use_sliding_window=True, max_window_layers=0), dict(windows=[None] * 2)),
@@ -653,9 +696,17 @@ broken("config with text for a number", "vocab_size", "many")(lambda f, c, t: re
 broken("architecture", "BertModel")(lambda f, c, t: rewrite(f, c, model_type="bert", architectures=["BertModel"]))
 broken("architecture of a known type", "LlamaForSequenceClassification")(
     lambda f, c, t: rewrite(f, c, architectures=["LlamaForSequenceClassification"]))
-broken("rope type", "yarn")(lambda f, c, t: rewrite(f, c, rope_scaling={"rope_type": "yarn", "factor": 2.0}))
+broken("rope type", "longrope")(lambda f, c, t: rewrite(f, c, rope_scaling={"rope_type": "longrope", "factor": 2.0}))
 broken("rope type as a list", "rope type")(lambda f, c, t: rewrite(f, c, rope_scaling={"rope_type": ["linear"], "factor": 2.0}))
 broken("rope without its factor", "factor")(lambda f, c, t: rewrite(f, c, rope_scaling={"type": "linear"}))
+broken("yarn without its factor", "yarn", "factor")(lambda f, c, t: rewrite(f, c, rope_scaling={"rope_type": "yarn"}))
+for key, value in dict(beta_fast="fast", beta_slow=0, truncate=1, attention_factor=-1, mscale=[1], mscale_all_dim=-1,
+                       original_max_position_embeddings=-5).items():
+    broken(f"yarn with a wrong {key}", key)(
+        lambda f, c, t, key=key, value=value: rewrite(f, c, rope_scaling=YARN | {key: value}))
+broken("yarn with a ramp upside down", "beta_fast", "beta_slow")(
+    lambda f, c, t: rewrite(f, c, rope_scaling=YARN | dict(beta_fast=1, beta_slow=1.5)))
+broken("yarn with a base of 1", "rope_theta", "above 1")(lambda f, c, t: rewrite(f, c, rope_scaling=YARN, rope_theta=1))
 broken("activation", "swish7")(lambda f, c, t: rewrite(f, c, hidden_act="swish7"))
 broken("eps as text", "rms_norm_eps", "1e-5")(lambda f, c, t: rewrite(f, c, rms_norm_eps="1e-5"))
 broken("eps below 0", "rms_norm_eps")(lambda f, c, t: rewrite(f, c, rms_norm_eps=-1))
@@ -730,9 +781,9 @@ def test_broken_checkpoint_is_refused_in_one_sentence_that_names_the_fault(tmp_p
 
 
 def test_unsupported_config_is_refused_before_any_weight_is_read(tmp_path, monkeypatch):
-    write_checkpoint(tmp_path, LLAMA | dict(rope_scaling={"rope_type": "yarn"}), llama_tensors(LLAMA))
+    write_checkpoint(tmp_path, LLAMA | dict(rope_scaling={"rope_type": "dynamic"}), llama_tensors(LLAMA))
     monkeypatch.setattr(checkpoint.Checkpoint, "__init__", lambda *a: pytest.fail("opened the weights"))
-    with pytest.raises(ValueError, match="yarn"):
+    with pytest.raises(ValueError, match="dynamic"):
         LLM(tmp_path)
     rewrite(tmp_path, LLAMA, head_dim=300)
     with pytest.raises(ValueError, match="head size 300"):
