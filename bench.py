@@ -813,8 +813,9 @@ def show_oracle(llm: LLM, what: str) -> tuple:
     print_drafts(what, rows, rules, f"An oracle drafts, and each draft is right with a chance of {SURE}: acceptance "
                  "is a property of a pair of models, and cost of the machine.")
     print("\n" + textwrap.fill(
-        "n-grams, repeating: random weights write the same token, or a cycle of a few, again and again. These prompts "
-        f"end with the first {REPEATED} tokens of their own answer, and the answer goes on so.", 100))
+        "n-grams, repeating: random weights of the smaller shapes write the same token again and again. These prompts "
+        f"end with the first {REPEATED} tokens of their own answer, and the answer goes on so. (llama-1b does not repeat "
+        "itself: there n-grams find nothing to propose.)", 100))
     return found
 
 
