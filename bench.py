@@ -814,8 +814,8 @@ def show_oracle(llm: LLM, what: str) -> tuple:
                  "is a property of a pair of models, and cost of the machine.")
     print("\n" + textwrap.fill(
         "n-grams, repeating: random weights of the smaller shapes write the same token again and again. These prompts "
-        f"end with the first {REPEATED} tokens of their own answer, and the answer goes on so. (llama-1b does not repeat "
-        "itself: there n-grams find nothing to propose.)", 100))
+        f"end with the first {REPEATED} tokens of their own answer, and the answer goes on so. (llama-1b does not "
+        "repeat itself: there n-grams find nothing to propose.)", 100))
     return found
 
 
