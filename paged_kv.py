@@ -137,7 +137,7 @@ class KVPool(KVMemory):
         """Let an empty table hold all blocks of `table`. Before either writes into the last one: `own_last`."""
         for block in table.blocks:
             self._append(other, block)
-        other.known, other.drafted, other.digests = table.known, table.drafted, list(table.digests)
+        other.known, other.digests = table.known, list(table.digests)
 
     def own_last(self, table: BlockTable) -> bool:
         """Copy on write: make the table's last block its own. Who holds it alone, as the last one does when the others
@@ -149,7 +149,7 @@ class KVPool(KVMemory):
             self.references[shared] -= 1
             table.blocks.pop()
             self._append(table, self._take(shared + 1))
-            for memory in self.memory + (self.draft.memory if self.draft else ()):
+            for memory in self.memory:   # a draft model has read nothing yet of who is about to decode for the first time
                 memory[:, :, table.blocks[-1]] = memory[:, :, shared]
         return True
 

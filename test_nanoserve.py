@@ -172,7 +172,7 @@ def test_tokens_depend_on_the_prompt_alone(lone, config, options, spare, arrival
 
 
 @pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
-@settings(max_examples=6 if DEVICE == "cpu" else 20)
+@settings(max_examples=4 if DEVICE == "cpu" else 20)
 @given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals,
        hopeful=st.booleans())
 def test_tokens_do_not_depend_on_the_attention_backend(lone, config, options, spare, arrivals, hopeful):
@@ -181,7 +181,7 @@ def test_tokens_do_not_depend_on_the_attention_backend(lone, config, options, sp
 
 
 @pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
-@settings(max_examples=8 if DEVICE == "cpu" else 20)
+@settings(max_examples=4 if DEVICE == "cpu" else 20)
 @given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals,
        hopeful=st.booleans())
 def test_tokens_are_the_same_with_cuda_graphs(lone, monkeypatch, config, options, spare, arrivals, hopeful):

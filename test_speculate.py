@@ -104,7 +104,7 @@ def assert_drafts_change_nothing(lone, config, backend, options, spare, arrivals
 
 
 @pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
-@settings(max_examples=4 if DEVICE == "cpu" else 30)
+@settings(max_examples=3 if DEVICE == "cpu" else 30)
 @given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals,
        hopeful=st.booleans(), kind=drafters, most=st.integers(1, 9), seed=st.integers(0, 99), graphs=st.booleans())
 def test_nor_do_they_with_triton_and_graphs(lone, monkeypatch, config, options, spare, arrivals, hopeful, kind, most,
