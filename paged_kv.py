@@ -149,7 +149,7 @@ class KVPool(KVMemory):
             self.references[shared] -= 1
             table.blocks.pop()
             self._append(table, self._take(shared + 1))
-            for memory in self.memory:   # a draft model has read nothing yet of who is about to decode for the first time
+            for memory in self.memory:   # a draft model has read nothing yet: it begins when its request decodes
                 memory[:, :, table.blocks[-1]] = memory[:, :, shared]
         return True
 

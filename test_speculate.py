@@ -248,6 +248,7 @@ def test_what_was_accepted_is_found_by_the_next_turn(lone):
     for kind in (1.0, 0.5, 0.0):
         llm = LLM(folder, block_size=4, speculative_model="ngram", num_speculative_tokens=5)
         speculate_with(kind, 5, 1, True)(llm, prompts, expected)
+        llm.speculator.drafter.offers = lambda requests, rooms: rooms
         check_steps(llm)
         (first,) = llm.generate([prompts[3]], SamplingParams(max_tokens=NEW, ignore_eos=True))
         turn = prompts[3] + first.token_ids + [5, 6, 7]
