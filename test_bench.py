@@ -458,9 +458,9 @@ def test_sampling_prints_what_choosing_costs_beside_a_step(monkeypatch, hands, c
     costs = {(0, 0, 1): 1, (0.8, 0, 1): 2, (0.8, 50, 1): 3, (0.8, 1000, 1): 4, (0.8, 0, 0.9): 5, (0.8, 1000, 0.9): 6}
     names = ["greedy", "temperature 0.8", "top-k 50", "top-k 1000", "top-p 0.9", "top-k 1000, top-p 0.9"]
     monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
-    monkeypatch.setattr(model.ModelRunner, "forward", taking(LLM.forward, hands, 10))
-    monkeypatch.setattr(nanoserve, "choose", taking(nanoserve.choose, hands, lambda logits, requests: statistics.mean(
-        costs[r.params.temperature, r.params.top_k, r.params.top_p] for r in requests)))
+    monkeypatch.setattr(model.ModelRunner, "forward", taking(model.ModelRunner.forward, hands, 10))
+    monkeypatch.setattr(nanoserve, "choose", taking(nanoserve.choose, hands, lambda logits, takers: statistics.mean(
+        costs[r.params.temperature, r.params.top_k, r.params.top_p] for r, _ in takers)))
     rows = table("sampling", "--random", "tiny")
     assert list(rows) == [f"tiny, batch {B}: {name}" for B in (1, 16) for name in names]
     for (name, row), cost in zip(rows.items(), [*costs.values()] * 2):
