@@ -299,12 +299,11 @@ def test_int8_weights_give_the_logits_of_int8_weights(tmp_path, name):
     """And leave the embedding and the norms as they are, also where the head is tied to the embedding."""
     config = FAMILIES[name]
     tensors = tensors_of(config)
-    ids = torch.randint(61, (110,), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = torch.randint(61, (110,), generator=torch.Generator().manual_seed(4)).tolist()
     llm = LLM(write_checkpoint(tmp_path, config, tensors), dtype="float32", quantization="int8")
     expected = plain(config, as_int8(tensors), ids)
     error_T = (llm.logits(ids).double().cpu() - expected).abs().amax(-1) / expected.abs().max()
-    # Now and then a number in a row is rounded to the other side, and tokens after it see that.
-    assert error_T.quantile(0.25) < 1e-4 and error_T.max() < 0.1
+    assert error_T.median() < 1e-4 and error_T.max() < 0.1, "now and then a number in a row is rounded to the other side"
     for part, stored in (("embedding", "embed_tokens.weight"), ("final_norm", "norm.weight")):
         stored = {"embedding": "wte.weight", "final_norm": "ln_f.weight"}[part] if config["model_type"] == "gpt2" else "model." + stored
         assert torch.equal(llm.model.weights[part][0].weight.cpu(), tensors[stored])

@@ -8,6 +8,7 @@ Each test reads like the sentence that it proves, and compares with something co
 own file of tests; reference.py is what they compare with.
 """
 
+import itertools
 import math
 import os
 import random
@@ -546,6 +547,23 @@ def test_a_faulty_request_ends_with_its_message_and_no_other(lone, monkeypatch):
     assert (outs[0].finish_reason, outs[0].error) == ("error", "ZeroDivisionError: division by zero") and outs[1].token_ids == expected[5]
 
 
+def steps_that_may_fail(llm, prompts, params, calm):
+    """Step until all is done, and give the number of each step before it runs. A step that fails leaves the pool in order,
+    and in the end everyone has the tokens that a calm engine gives."""
+    outs = [llm.requests[llm.add(prompt, params)].output for prompt in prompts]
+    for step in itertools.count():
+        if not llm.requests:
+            break
+        yield step
+        try:
+            llm.step()
+        except (KeyboardInterrupt, RuntimeError):
+            assert llm.pool.num_referenced == 0 and not llm.scheduler.running
+        check_pool(llm)
+    expected = calm.generate(prompts, params)
+    assert [s.token_ids for out in outs for s in out.samples] == [s.token_ids for out in expected for s in out.samples]
+
+
 @settings(max_examples=60)
 @given(fail_at=st.sets(st.integers(0, 25), min_size=1, max_size=6), budget=st.integers(3, 80), prefix_cache=st.booleans(),
        inside=st.booleans(), hot=st.booleans())
@@ -565,16 +583,8 @@ def test_interrupted_and_failed_steps_change_nobodys_tokens(lone, fail_at, budge
             raise RuntimeError("out of memory")
         return logits
     llm._logits = breaks
-    outs = [llm.requests[llm.add(prompts[i], params)].output for i in (7, 6, 4, 3)]
-    while llm.requests:
-        try:
-            llm.step()
-        except (KeyboardInterrupt, RuntimeError):
-            assert llm.pool.num_referenced == 0 and not llm.scheduler.running
-        check_pool(llm)
-        step += 1
-    calm = LLM(folder).generate([prompts[i] for i in (7, 6, 4, 3)], params)
-    assert [s.token_ids for out in outs for s in out.samples] == [s.token_ids for out in calm for s in out.samples]
+    for step in steps_that_may_fail(llm, [prompts[i] for i in (7, 6, 4, 3)], params, LLM(folder)):
+        pass
 
 
 def test_interrupted_generate_leaves_nothing_behind(lone):
