@@ -54,7 +54,7 @@ import kernels
 import linear
 import nanoserve
 from batch import Chunk, make_batch
-from checkpoint import Config, read_config
+from config import Config, read_config
 from cli import check_writable, exit_status
 from linear import DTYPES
 from nanoserve import LLM, SamplingParams

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batch import Batch, Chunk, Graphs, make_batch
-from checkpoint import Config
+from config import Config
 from device import single_thread
 from kernels import ATTENTION, WRITE_KV
 from linear import Part, linear

@@ -34,7 +34,8 @@ from torch import Tensor
 
 import kernels
 from batch import Chunk
-from checkpoint import Config, load_weights, random_weights, read_config
+from checkpoint import load_weights, random_weights
+from config import Config, read_config
 from linear import DTYPES, QUANTIZATIONS, Part, fastest_dtype
 from model import Model, ModelRunner
 from paged_kv import BlockTable, KVMemory, KVPool

@@ -40,7 +40,7 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint import Config, read_config
+from config import Config, read_config
 from linear import DTYPES, QUANTIZATIONS, Part, linear, pack, quantize
 
 

@@ -35,7 +35,8 @@ import torch
 
 import kernels
 from batch import SHORT, Chunk
-from checkpoint import Config, load_weights, random_weights, read_config
+from checkpoint import load_weights, random_weights
+from config import Config, read_config
 from model import Model, ModelRunner
 from paged_kv import KVPool
 from sampling import sample

@@ -34,6 +34,7 @@ import nanoserve
 import roofline
 import watch
 from batch import Chunk, make_batch
+from config import read_config
 from nanoserve import LLM, SamplingParams
 from reference import CONFIGS, FAMILIES, repeat, tensors_of, write_checkpoint
 from roofline import Ceiling, config_of, step_cost
@@ -266,7 +267,7 @@ def test_every_formula_of_the_estimate_gives_its_value(shape, T, peak, bandwidth
 
 
 def test_the_docstrings_example_is_true():
-    c = checkpoint.read_config(HERE / "demo/llama")
+    c = read_config(HERE / "demo/llama")
     for n, past, says in ((3, 0, "does {f:.1f} MFLOP on {b:.2f} MB, {i:.1f} operations"), (1, 3, "{f:.1f} MFLOP on {b:.2f} MB, {i:.1f}."),
                           (512, 0, "512 tokens does {i:.0f} operations per byte")):
         flops, moved = step_cost(c, [(n, past)], 4)

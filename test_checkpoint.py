@@ -1,4 +1,5 @@
-"""A checkpoint gives the logits of its formulas, whatever its config says, or one sentence. (Read it beside checkpoint.py.)
+"""A checkpoint gives the logits of its formulas, whatever its config says, or one sentence.
+(Read it beside config.py and checkpoint.py.)
 
     python -m pytest test_checkpoint.py
 
@@ -24,6 +25,7 @@ import checkpoint
 import cli
 import kernels
 import model
+from config import ACTIVATIONS, MODEL_TYPES, read_config
 from linear import Part, widen
 from nanoserve import LLM, SamplingParams
 from reference import (FAMILIES, GPT2, LLAMA, LLAMA3_ROPE, MISTRAL, QWEN2, QWEN3, YARN, compressed_tensors, dequantised,
@@ -75,7 +77,7 @@ def llama3_ropes(draw):
 
 
 # Everything in a config that changes what is computed: each option with the values that it may have.
-EPS, SWITCH, ACTIVATION = [None, 1e-6, 1e-5, 0.01, 1], [None, False, True], [None, *checkpoint.ACTIVATIONS]
+EPS, SWITCH, ACTIVATION = [None, 1e-6, 1e-5, 0.01, 1], [None, False, True], [None, *ACTIVATIONS]
 FULL, SLIDING = "full_attention", "sliding_attention"
 ROPES = [None, {"rope_type": "default"}, {"type": "linear", "factor": 0.5}, {"rope_type": "linear", "factor": 3},
          LLAMA3_ROPE | {"rope_type": "llama3"}, YARN, YARN | dict(beta_fast=4, beta_slow=0.5), YARN | dict(factor=0.5),
@@ -135,7 +137,7 @@ def test_options_of_a_config_do_what_they_say_in_any_company(tmp_path, model_typ
         c["hidden_size"] = 30 if c.get("head_dim") else heads_ * data.draw(st.sampled_from([4, 16, 32]), "head size")
         if heads_ % (c.get("num_key_value_heads") or 1):
             c["num_key_value_heads"] = heads_
-    names = dict(model_type=model_type, architectures=[checkpoint.MODEL_TYPES[model_type][0]])
+    names = dict(model_type=model_type, architectures=[MODEL_TYPES[model_type][0]])
     for key in data.draw(st.sampled_from([["model_type"], ["architectures"], ["model_type", "architectures"]]), "says its type by"):
         c[key] = names[key]
     assert_computed_as_said(tmp_path, model_type, c, small=data.draw(st.booleans(), "small embedding"))
@@ -181,7 +183,7 @@ def test_yarn_keeps_pairs_that_turn_often_and_stretches_those_that_turn_seldom(t
 ])
 def test_what_yarn_is_not_told_it_works_out(tmp_path, said, computed):
     config = LLAMA | dict(rope_scaling=YARN | said)
-    rope = checkpoint.read_config(write_checkpoint(tmp_path, config, {})).rope
+    rope = read_config(write_checkpoint(tmp_path, config, {})).rope
     assert {key: rope[key] for key in computed} == pytest.approx(computed)
     assert rope["attention_factor"] == pytest.approx(plain_attention_factor(config))
 
@@ -225,12 +227,12 @@ def test_the_llama_3_configs_above_have_frequencies_in_all_three_ranges(name):
 ])
 def test_what_a_config_leaves_out_is_what_transformers_assumes(tmp_path, base, change, expected):
     write_checkpoint(tmp_path, base | change, {})
-    c = asdict(checkpoint.read_config(tmp_path))
+    c = asdict(read_config(tmp_path))
     assert {key: c[key] for key in expected} == expected
 
 
 def test_every_activation_that_a_config_may_name_has_a_function():
-    assert list(checkpoint.ACTIVATIONS) == list(model.ACTIVATIONS)
+    assert list(ACTIVATIONS) == list(model.ACTIVATIONS)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -253,7 +255,7 @@ def test_pairs_lie_side_by_side(heads, half, columns):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_random_weights_have_the_shapes_of_loaded_ones(tmp_path, monkeypatch, name, dtype):
     write_checkpoint(tmp_path, FAMILIES[name], tensors_of(FAMILIES[name]))
-    c = checkpoint.read_config(tmp_path)
+    c = read_config(tmp_path)
     monkeypatch.setattr(checkpoint, "pack", lambda part, dtype: part)   # a packed weight hides its shape
     loaded, made_up = ({kind: [(part.weight, part.bias) for part in parts] for kind, parts in weights.items()} for weights in
                        (checkpoint.load_weights(tmp_path, c, CPU, dtype), checkpoint.random_weights(c, CPU, dtype)))
@@ -271,7 +273,7 @@ def test_what_is_multiplied_is_packed_and_its_plain_weight_let_go_at_once(tmp_pa
         write_quantised(tmp_path, QWEN3 | ODD, fp8_blocks())
     else:
         write_checkpoint(tmp_path, FAMILIES[name], tensors_of(FAMILIES[name]))
-    c, read = checkpoint.read_config(tmp_path), checkpoint.Checkpoint.read
+    c, read = read_config(tmp_path), checkpoint.Checkpoint.read
     plain_weights, packed = [], []
 
     def nothing_plain_is_left(*arguments):
@@ -332,7 +334,7 @@ def test_a_head_said_to_be_tied_is_its_own_if_any_row_differs(tmp_path, monkeypa
     write_checkpoint(tmp_path, config, tensors)
     assert_logits(tmp_path, plain(config, tensors, ids), ids)   # the reference uses the head that is stored
     monkeypatch.setattr(checkpoint, "pack", lambda part, dtype: part)
-    weights = checkpoint.load_weights(tmp_path, checkpoint.read_config(tmp_path), CPU, torch.bfloat16)
+    weights = checkpoint.load_weights(tmp_path, read_config(tmp_path), CPU, torch.bfloat16)
     assert torch.equal(weights["head"][0].weight, weights["embedding"][0].weight) == (row is None)
 
 
@@ -341,7 +343,7 @@ def test_a_head_that_equals_the_embedding_takes_no_memory_of_its_own(tmp_path, m
     tensors = tensors_of(config)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     monkeypatch.setattr(checkpoint, "pack", lambda part, dtype: part)   # as on a GPU
-    weights = checkpoint.load_weights(write_checkpoint(tmp_path, config, tensors), checkpoint.read_config(tmp_path), CPU, torch.float32)
+    weights = checkpoint.load_weights(write_checkpoint(tmp_path, config, tensors), read_config(tmp_path), CPU, torch.float32)
     assert weights["head"][0].weight is weights["embedding"][0].weight
 
 
@@ -365,7 +367,7 @@ def test_loading_needs_little_more_memory_than_one_copy_of_the_weights(tmp_path)
 from pathlib import Path; import torch, checkpoint
 def peak():   # of this process: getrusage also counts the one that started it
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-c, before = checkpoint.read_config(Path({str(tmp_path)!r})), peak()
+c, before = read_config(Path({str(tmp_path)!r})), peak()
 weights = checkpoint.load_weights(Path({str(tmp_path)!r}), c, torch.device("cpu"), torch.float32)
 print(peak() - before)"""
     # glibc shall give back what is freed: what its heap keeps is no memory of ours.
@@ -382,7 +384,7 @@ def test_want_of_memory_is_said_before_any_weight_is_read(tmp_path, monkeypatch)
     def refuse(size, **options):
         asked.append(size)
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-    c = checkpoint.read_config(tmp_path)
+    c = read_config(tmp_path)
     monkeypatch.setattr(torch, "empty", refuse)
     monkeypatch.setattr(checkpoint.Checkpoint, "read", lambda *a: pytest.fail("read a tensor"))
     for dtype, itemsize in [(torch.float32, 4), (torch.bfloat16, 2)]:
@@ -393,7 +395,7 @@ def test_want_of_memory_is_said_before_any_weight_is_read(tmp_path, monkeypatch)
 
 def test_loading_shows_how_far_it_is_where_somebody_watches(tmp_path, monkeypatch, capsys):
     write_checkpoint(tmp_path, LLAMA, llama_tensors(LLAMA))
-    c, clock = checkpoint.read_config(tmp_path), iter(range(1000))
+    c, clock = read_config(tmp_path), iter(range(1000))
     checkpoint.load_weights(tmp_path, c, CPU, torch.float32)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: next(clock) * 0.4)
@@ -410,7 +412,7 @@ def test_eos_comes_from_generation_config_first_and_may_be_a_list(tmp_path):
                                              (3, {}, [3]), (None, None, []), (50256, None, [50256])]:
         more = {} if generation is None else {"generation_config": generation}
         write_checkpoint(tmp_path, LLAMA | dict(eos_token_id=config_eos), {}, **more)
-        assert checkpoint.read_config(tmp_path).eos == expected
+        assert read_config(tmp_path).eos == expected
 
 
 def test_eos_ends_a_text_unless_ignored(tmp_path):
@@ -456,7 +458,7 @@ def write_quantised(folder, config, quantization, **how):
 def test_what_is_stored_in_8_bits_gives_the_logits_of_what_it_stands_for(tmp_path, kind, base):
     meant, ids = write_quantised(tmp_path, base | ODD, QUANTISED[kind]), list(range(40))
     assert_logits(tmp_path, plain(base | ODD, meant, ids), ids)
-    c = checkpoint.read_config(tmp_path)
+    c = read_config(tmp_path)
     assert c.stored == {"int8": "int8", "fp8": "fp8", "blocks": "fp8"}[kind] and c.blocks == (kind == "blocks")
 
 
@@ -496,7 +498,7 @@ def test_any_layers_may_be_stored_in_8_bits(tmp_path, data, base, kind, heads, D
 def test_8_bits_stay_8_bits_in_our_layout_with_a_scale_for_every_row(tmp_path, monkeypatch, kind, base):
     meant = {name: tensor for name, tensor in write_quantised(tmp_path, base | ODD, QUANTISED[kind]).items() if tensor.ndim}
     monkeypatch.setattr(checkpoint, "pack", lambda part, dtype: part)
-    weights = checkpoint.load_weights(tmp_path, checkpoint.read_config(tmp_path), CPU, torch.bfloat16)
+    weights = checkpoint.load_weights(tmp_path, read_config(tmp_path), CPU, torch.bfloat16)
     H, K, D = 6, 2, 44
     for l in range(2):
         m = {name.split(".")[-2]: tensor for name, tensor in meant.items() if f"layers.{l}." in name and name.endswith("weight")}
@@ -605,14 +607,14 @@ def test_another_way_to_quantise_is_refused_by_name_before_any_weight_is_read(tm
                                   dict(format="int-quantized"), dict(format="float-quantized"), dict(config_groups={})])
 def test_what_other_versions_write_is_read(tmp_path, more):
     write_checkpoint(tmp_path, LLAMA | dict(quantization_config=INT8 | more), {})
-    assert checkpoint.read_config(tmp_path).stored == ("int8" if more.get("config_groups") is None else None)
+    assert read_config(tmp_path).stored == ("int8" if more.get("config_groups") is None else None)
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_gpt2_in_8_bits_is_refused(tmp_path, kind):
     write_checkpoint(tmp_path, GPT2 | dict(quantization_config=QUANTISED[kind]), {})
     with pytest.raises(ValueError, match="quantization_config.*gpt2"):
-        checkpoint.read_config(tmp_path)
+        read_config(tmp_path)
 
 
 DOWN, Q = "model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"   # [148, 200] and [264, 148]
@@ -656,11 +658,11 @@ def test_a_damaged_scale_is_refused_in_one_sentence_that_names_it(tmp_path, capf
 def test_a_layer_said_to_be_left_out_and_yet_stored_in_8_bits_is_refused_by_name(tmp_path, kind, key, word):
     said = {k: v for k, v in QUANTISED[kind].items() if k != "modules_to_not_convert"}
     write_quantised(tmp_path, LLAMA | ODD, said | {key: ["lm_head", "model.layers.1.mlp.down", word]})
-    c = checkpoint.read_config(tmp_path)
+    c = read_config(tmp_path)
     with pytest.raises(ValueError, match=r"tensor model\.layers\.\d\..* is stored as (I8|F8_E4M3): beside this config\.json only float32"):
         checkpoint.load_weights(tmp_path, c, CPU, torch.float32)
     write_quantised(tmp_path, LLAMA | ODD, said | {key: ["lm_head", "model.layers.1.mlp.down", "re:down_proj"]})
-    checkpoint.load_weights(tmp_path, checkpoint.read_config(tmp_path), CPU, torch.float32)   # these name no layer
+    checkpoint.load_weights(tmp_path, read_config(tmp_path), CPU, torch.float32)   # these name no layer
 
 
 def test_scales_that_have_no_use_are_refused_by_name(tmp_path):

@@ -35,7 +35,7 @@ from pathlib import Path
 import regex
 import tiktoken
 
-from checkpoint import read_json
+from config import read_json
 
 # What is a word. Llama 3 keeps up to three digits together, Qwen each on its own.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
