@@ -1,5 +1,5 @@
 """config.json says how large a model is, and which variant of its family.
-(What the engine stands on: a first reading may skip it, and come back for `Config`, which is all that others see of it.)
+(What the engine stands on: a first reading may skip it, and come back for `Config`, which is what the others see.)
 
 A config may ask for what this engine does not compute, and a wrong guess would not crash: it would write plausible
 nonsense. So every entry that changes a result is read, and what is not supported is refused by its name.
