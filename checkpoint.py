@@ -125,7 +125,7 @@ class Checkpoint:
 # ---------------------------------------------------------------------------------------------
 # The weights
 
-MULTIPLIED = "qkv", "out", "up", "down", "head"   # the parts that go through `linear`
+MULTIPLIED = "qkv", "q_up", "out", "up", "down", "head"   # the parts that go through `linear`
 
 
 def plan_parts(c: Config) -> Iterator[tuple[str, list[Stored], list[Stored]]]:
@@ -155,6 +155,15 @@ def plan_parts(c: Config) -> Iterator[tuple[str, list[Stored], list[Stored]]]:
                  "final_norm": [("norm", (E,))]}
         if not c.qk_norm:
             del table["qk_norm"]
+    if m := c.latent:
+        queries = c.H * (m.plain + m.rotary)
+        q = ("q_a_proj", (m.q_rank, E)) if m.q_rank else ("q_proj", (queries, E))
+        table |= {"qkv":     [(attn + q[0], q[1]), (attn + "kv_a_proj_with_mqa", (c.D, E))],
+                  "kv_norm": [(attn + "kv_a_layernorm", (m.rank,))],
+                  "kv_up":   [(attn + "kv_b_proj", (c.H * (m.plain + m.value), m.rank))],
+                  "out":     [(attn + "o_proj", (E, c.H * m.value))]}
+        if m.q_rank:
+            table |= {"q_norm": [(attn + "q_a_layernorm", (m.q_rank,))], "q_up": [(attn + "q_b_proj", (queries, m.q_rank))]}
     if not c.tied:
         table["head"] = [("lm_head", (V, E))]
     outputs = -1 if c.family == "gpt2" else 0   # which axis of a stored weight its bias is as long as
@@ -171,7 +180,7 @@ def plan_scales(c: Config, checkpoint: Checkpoint) -> dict[str, Stored]:
     The config says which weights may be stored so, the files say which are. Both kinds of scale multiply what is
     stored: what is called an inverse undoes the quantising.
     """
-    may = [(name, shape) for part, weights, _ in plan_parts(c) if c.stored and part in MULTIPLIED
+    may = [(name, shape) for part, weights, _ in plan_parts(c) if c.stored and part in (*MULTIPLIED, "kv_up")
            for name, shape in weights if name in checkpoint.names]
     scales = {}
     for name, (out, inputs) in may:
@@ -198,6 +207,13 @@ def to_our_layout(stored: Tensor, name: str, c: Config) -> Tensor:
     """A stored tensor in the order in which the model uses it: a weight is [out, in]."""
     if re.search(r"\.c_\w+\.weight$", name):   # GPT-2's Conv1D: [in, out]
         return stored.T
+    if c.latent:
+        if c.interleaved or not re.search(r"\.(q|q_b|kv_a)_proj", name):
+            return stored
+        heads = stored.unflatten(0, (1 if "kv_a" in name else c.H, -1))   # in each, the last numbers are the rotary ones
+        plain, rotary = heads.split([heads.shape[1] - c.latent.rotary, c.latent.rotary], 1)
+        rotary = interleave_pairs(rotary.flatten(0, 1), c.latent.rotary).view_as(rotary)
+        return torch.cat([plain, rotary], 1).flatten(0, 1)
     if re.search(r"\.[qk]_(proj|norm)\.", name):
         return interleave_pairs(stored, c.D)
     return stored
@@ -235,6 +251,8 @@ def make_parts(c: Config, device: torch.device, dtype: torch.dtype, quantization
     parts = {}
     for name, weights, biases in plan_parts(c):
         part = make_part(weights, biases)
+        if name == "kv_up":   # it multiplies queries and answers head by head, in float
+            part = widen(part, dtype)
         if name in MULTIPLIED:
             part = pack(quantize(part, quantization), dtype)
         parts.setdefault(name, []).append(part)
@@ -250,6 +268,8 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
     embedding, head = ("wte.weight" if c.family == "gpt2" else "embed_tokens.weight"), "lm_head.weight"
     if c.tied and embedding not in checkpoint.names and head in checkpoint.names:   # its other name
         checkpoint.names[embedding] = checkpoint.names.pop(head)
+    extra = tuple(f"layers.{l}." for l in range(c.L, c.L + c.extra_layers))
+    checkpoint.names = {name: stored for name, stored in checkpoint.names.items() if not name.startswith(extra)}
     doubtful = c.tied and head in checkpoint.names   # said to be tied, and yet stored: tied only if it is the same
     c = replace(c, tied=c.tied and not doubtful)
     expected = {name: shape for _, weights, biases in plan_parts(c) for name, shape in weights + biases}
@@ -260,9 +280,8 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
         c = replace(c, tied=True)
         del expected[head]
 
-    eight_bits = set(scales)
-    if quantization:
-        eight_bits = {name for part, weights, _ in plan_parts(c) if part in MULTIPLIED for name, _ in weights}
+    eight_bits = {name for part, weights, _ in plan_parts(c) if part in MULTIPLIED
+                  for name, _ in weights if quantization or name in scales}
     if "fp8" in (quantization, c.stored) and not has_kernels(device):   # `pack` widens them
         eight_bits = set()
     sizes = {name: math.prod(shape) * (1 if name in eight_bits else dtype.itemsize) for name, shape in expected.items()}

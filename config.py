@@ -17,8 +17,23 @@ from linear import GROUP
 
 MODEL_TYPES = {"gpt2": ("GPT2LMHeadModel", "GPT2Model"), "llama": ("LlamaForCausalLM", "LlamaModel"),
                "mistral": ("MistralForCausalLM", "MistralModel"), "qwen2": ("Qwen2ForCausalLM", "Qwen2Model"),
-               "qwen3": ("Qwen3ForCausalLM", "Qwen3Model")}
+               "qwen3": ("Qwen3ForCausalLM", "Qwen3Model"),
+               "deepseek_v2": ("DeepseekV2ForCausalLM", "DeepseekV2Model"),
+               "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Model"),
+               "kimi_k2": ("DeepseekV3ForCausalLM",), "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", "Glm4MoeLiteModel"),
+               "youtu": ("YoutuForCausalLM", "YoutuModel")}
+LATENT = "deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite", "youtu"   # the last four differ in sizes alone
 ACTIVATIONS = "gelu_new", "gelu_pytorch_tanh", "gelu", "relu", "silu", "swish"   # model.py has the functions
+
+
+@dataclass
+class Latent:
+    """The sizes of latent attention (latent.py says what they are)."""
+    rank: int              # Z, of the latent: kv_lora_rank
+    plain: int             # U, the unrotated numbers of a head's key: qk_nope_head_dim
+    rotary: int            # P, the rotary ones: qk_rope_head_dim
+    value: int             # W, of a head's value: v_head_dim
+    q_rank: int | None     # of the queries' own latent; None: they have none
 
 
 @dataclass
@@ -46,6 +61,15 @@ class Config:
     stored: str | None             # "int8" or "fp8" where those that are multiplied may be stored so, with scales
     blocks: bool                   # whether a scale is that of a block of 128 x 128, not of a row
     ignored: list[str]             # regular expressions of the modules that are not stored in 8 bits
+    latent: Latent | None = None   # latent attention; then K is 1, and D what a token leaves in the pool
+    interleaved: bool = False      # whether the files hold the two numbers of RoPE's pairs side by side
+    extra_layers: int = 0          # behind the last, for drafting: not read
+
+    @property
+    def attended(self) -> tuple[int, int, int]:
+        """H, K and D of attention as it is in the definition: latents are widened for every head."""
+        m = self.latent
+        return (self.H, self.H, max(m.plain + m.rotary, m.value)) if m else (self.H, self.K, self.D)
 
 
 def read_json(path: Path, optional: bool = False) -> dict:
@@ -101,7 +125,7 @@ def read_config(folder: Path) -> Config:
     model_type = read_model_type(raw)
     eos = read_eos(raw, folder / "generation_config.json")
     dtype = raw.get("dtype", raw.get("torch_dtype", "float32")).removeprefix("torch.")
-    read = read_gpt2_config if model_type == "gpt2" else read_llama_config
+    read = {"gpt2": read_gpt2_config}.get(model_type, read_deepseek_config if model_type in LATENT else read_llama_config)
     c = read(raw, model_type, {"eos": eos, "dtype": dtype} | read_quantization(raw, model_type))
     if c.activation not in ACTIVATIONS:
         raise ValueError(f"{raw.path}: activation {c.activation!r} is not supported: only {', '.join(ACTIVATIONS)} are")
@@ -232,6 +256,35 @@ def read_llama_config(raw: Fields, model_type: str, common: dict) -> Config:
         V=raw.need("vocab_size"), activation=raw.get("hidden_act", "silu"), eps=raw.get("rms_norm_eps", 1e-6),
         context=context, biased=biased, qk_norm=model_type == "qwen3", tied=raw.get("tie_word_embeddings", False),
         scales=[D ** -0.5] * L, windows=windows, rope=rope, **common)
+
+
+def read_deepseek_config(raw: Fields, model_type: str, common: dict) -> Config:
+    """Latent attention; what a config leaves out is what transformers takes for it."""
+    H, L = raw.need("num_attention_heads"), raw.need("num_hidden_layers")
+    P, factor, q_rank = raw.get("qk_rope_head_dim", 64), 1.0, None
+    if raw.values.get("q_lora_rank", 0) is not None:   # null: there is none, where elsewhere it is the default
+        q_rank = raw.get("q_lora_rank", 768 if model_type == "glm4_moe_lite" else 1536)
+    m = Latent(raw.get("kv_lora_rank", 512), raw.get("qk_nope_head_dim", 192 if model_type == "glm4_moe_lite" else 128), P,
+               raw.get("v_head_dim", 256 if model_type == "glm4_moe_lite" else 128), q_rank)
+    context = raw.get("max_position_embeddings", {
+        "deepseek_v2": 2048, "glm4_moe_lite": 202752, "youtu": 131072}.get(model_type, 4096))
+    rope = read_rope(raw, P, context)
+    if rope["rope_type"] == "yarn":
+        context = max(context, int(rope["factor"] * rope["original_max_position_embeddings"]))
+    if rope["rope_type"] != "default" and rope.get("mscale_all_dim") and rope["factor"] > 1:   # see `read_yarn`
+        factor += 0.1 * rope["mscale_all_dim"] * math.log(rope["factor"])
+    if raw.get("mlp_bias", False) or q_rank is None and raw.get("attention_bias", False):
+        raise ValueError(f"{raw.path}: 'mlp_bias', and 'attention_bias' without 'q_lora_rank', are not supported: "
+                         "no known checkpoint has them")
+    return Config(
+        family="deepseek", L=L, E=raw.need("hidden_size"), H=H, K=1, D=m.rank + P, I=raw.need("intermediate_size"),
+        V=raw.need("vocab_size"), activation=raw.get("hidden_act", "silu"),
+        eps=raw.get("rms_norm_eps", 1e-5 if model_type == "glm4_moe_lite" else 1e-6), context=context,
+        biased={"qkv", "out"} if raw.get("attention_bias", False) else set(), qk_norm=False,
+        tied=raw.get("tie_word_embeddings", model_type == "youtu"),
+        scales=[(m.plain + P) ** -0.5 * factor ** 2] * L, windows=[None] * L, rope=rope, latent=m,
+        interleaved=model_type == "deepseek_v2" or raw.get("rope_interleave", True),
+        extra_layers=raw.get("num_nextn_predict_layers", 0), **common)
 
 
 def read_windows(raw: Fields, model_type: str, L: int) -> list[int | None]:

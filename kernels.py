@@ -89,8 +89,10 @@ bias = None
 
 def write_kv_torch(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, slots_T: Tensor,
                    k_scale_KNS: Tensor | None = None, v_scale_KNS: Tensor | None = None):
-    """Put the step's K and V into their slots of the pool. No slot is -1: only the graphs' idle requests have those."""
-    for x_TKD, pool_KNSD, scale_KNS in (k_TKD, k_KNSD, k_scale_KNS), (v_TKD, v_KNSD, v_scale_KNS):
+    """Put the step's K and V into their slots of the pool. No slot is -1: only the graphs' idle requests have those.
+    A pool of latents has no V."""
+    both = (k_TKD, k_KNSD, k_scale_KNS), (v_TKD, v_KNSD, v_scale_KNS)
+    for x_TKD, pool_KNSD, scale_KNS in both[:1] if v_TKD is None else both:
         if scale_KNS is not None:
             x_TKD, scale_TK = quantize(x_TKD)
             scale_KNS.flatten(1)[:, slots_T] = scale_TK.T
@@ -484,13 +486,14 @@ def _write_kv_kernel(k_ptr, v_ptr, k_pool_ptr, v_pool_ptr, k_scale_ptr, v_scale_
         live = (h < K) & (d < D)
         to = h * head_stride + slot * D + d
         k_KD = tl.load(k_ptr + t * k_stride + h * D + d, mask=live)
-        v_KD = tl.load(v_ptr + t * v_stride + h * D + d, mask=live)
         if k_scale_ptr is not None:
-            at_K1 = h * (head_stride // D) + slot
-            k_KD = _quantize(k_KD, live, k_scale_ptr + at_K1, h < K)
-            v_KD = _quantize(v_KD, live, v_scale_ptr + at_K1, h < K)
+            k_KD = _quantize(k_KD, live, k_scale_ptr + h * (head_stride // D) + slot, h < K)
         tl.store(k_pool_ptr + to, k_KD, mask=live)
-        tl.store(v_pool_ptr + to, v_KD, mask=live)
+        if v_ptr is not None:
+            v_KD = tl.load(v_ptr + t * v_stride + h * D + d, mask=live)
+            if v_scale_ptr is not None:
+                v_KD = _quantize(v_KD, live, v_scale_ptr + h * (head_stride // D) + slot, h < K)
+            tl.store(v_pool_ptr + to, v_KD, mask=live)
 
 
 def attention_triton(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch, scale: float,
@@ -609,7 +612,7 @@ def write_kv_triton(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor
     load_triton()
     (T, K, D), (_, N, S, _) = k_TKD.shape, k_KNSD.shape
     _write_kv_kernel[(T,)](k_TKD, v_TKD, k_KNSD, v_KNSD, k_scale_KNS, v_scale_KNS, slots_T, k_TKD.stride(0),
-                           v_TKD.stride(0), N * S * D, K, triton.next_power_of_2(K), D, triton.next_power_of_2(D))
+                           0 if v_TKD is None else v_TKD.stride(0), N * S * D, K, triton.next_power_of_2(K), D, triton.next_power_of_2(D))
 
 
 # ---------------------------------------------------------------------------------------------

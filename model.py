@@ -33,11 +33,13 @@ from batch import Batch, Chunk, Graphs, make_batch
 from config import Config
 from device import single_thread
 from kernels import ATTENTION, WRITE_KV
+from latent import attend_to_latents
 from linear import Part, linear
 
 GELU_TANH = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": F.gelu, "relu": F.relu,
                "silu": F.silu, "swish": F.silu}
+LATENT_EPS = 1e-6           # of the norms of latents, whatever the config says of the others
 SINGLE_THREAD = 2_000_000   # products of the MLP's matrix in a step: with fewer, a second thread mostly waits
 
 
@@ -46,41 +48,34 @@ class Model:
 
     def __init__(self, config: Config, weights: dict[str, list[Part]], attention: str):
         self.config, self.weights = config, weights
-        self.attention, self.write_kv = ATTENTION[attention], WRITE_KV[attention]
+        self.backend, self.attention, self.write_kv = attention, ATTENTION[attention], WRITE_KV[attention]
         self.device = weights["embedding"][0].weight.device
         if config.qk_norm:   # one weight per head: q's for each query head, then k's for each KV head
             q_and_k = [part.weight.split(config.D) for part in weights["qk_norm"]]
             self.qk_norm = [torch.cat([q.expand(config.H, -1), k.expand(config.K, -1)]) for q, k in q_and_k]
         if config.rope:
-            self.frequencies = rope_frequencies(config.rope, config.D).to(self.device)
+            size = config.latent.rotary if config.latent else config.D
+            self.frequencies = rope_frequencies(config.rope, size).to(self.device)
 
     @torch.inference_mode()
     def __call__(self, batch: Batch, pool) -> Tensor:
         """Run the batch's T tokens, leave their K and V in the pool; logits float32 [len(batch.logit_rows), V]."""
-        c, w, llama = self.config, self.weights, self.config.family == "llama"
-        H, K, D = c.H, c.K, c.D
+        c, w, gated = self.config, self.weights, self.config.family != "gpt2"
         layers = list(zip(*(memory.unbind() for memory in pool.memory)))   # K, V, and in INT8 the scales of both
-        x_TE = w["embedding"][0].weight[batch.tokens_T]
-        if llama:
+        x_TE, turns_T1P = w["embedding"][0].weight[batch.tokens_T], None
+        if c.rope:
             angles_T1P = batch.positions_T[:, None, None] * self.frequencies    # P = D / 2 pairs
             turns_T1P = torch.polar(torch.full_like(angles_T1P, c.rope["attention_factor"]), angles_T1P)
         else:
             x_TE += w["position"][0].weight[batch.positions_T]
 
         for l in range(c.L):
-            qkv = linear(norm(x_TE, w["attn_norm"][l], c.eps), w["qkv"][l]).view(-1, H + 2 * K, D)
-            qk, v_TKD = qkv[:, :H + K], qkv[:, H + K:]
-            if c.qk_norm:
-                qk = F.rms_norm(qk, (D,), eps=c.eps) * self.qk_norm[l]
-            if llama:
-                qk = rotate(qk, turns_T1P)
-            k_KNSD, v_KNSD, *scales = layers[l]
-            self.write_kv(qk[:, H:], v_TKD, k_KNSD, v_KNSD, batch.slots_T, *scales)
-            o_THD = self.attention(qk[:, :H], k_KNSD, v_KNSD, batch, c.scales[l], c.windows[l], *scales)
+            attend = self.attend_to_latents if c.latent else self.attend
+            o_THD = attend(linear(norm(x_TE, w["attn_norm"][l], c.eps), w["qkv"][l]), l, turns_T1P, batch, *layers[l])
             x_TE += linear(o_THD.flatten(1), w["out"][l])
 
             h = linear(norm(x_TE, w["mlp_norm"][l], c.eps), w["up"][l])
-            if llama:
+            if gated:
                 gate, up = h.chunk(2, -1)
                 h = ACTIVATIONS[c.activation](gate).mul_(up)
             else:
@@ -89,6 +84,33 @@ class Model:
 
         x_BE = norm(x_TE[batch.logit_rows], w["final_norm"][0], c.eps)
         return linear(x_BE, w["head"][0]).float()
+
+    def attend(self, qkv_TF: Tensor, l: int, turns_T1P: Tensor | None, batch: Batch, k_KNSD: Tensor, v_KNSD: Tensor,
+               *scales: Tensor) -> Tensor:
+        """Write the step's K and V into the pool and attend to all that is there; [T, H, D]."""
+        c, H, K, D = self.config, self.config.H, self.config.K, self.config.D
+        qk, v_TKD = qkv_TF.view(-1, H + 2 * K, D).split([H + K, K], 1)
+        if c.qk_norm:
+            qk = F.rms_norm(qk, (D,), eps=c.eps) * self.qk_norm[l]
+        if c.rope:
+            qk = rotate(qk, turns_T1P)
+        self.write_kv(qk[:, H:], v_TKD, k_KNSD, v_KNSD, batch.slots_T, *scales)
+        return self.attention(qk[:, :H], k_KNSD, v_KNSD, batch, c.scales[l], c.windows[l], *scales)
+
+    def attend_to_latents(self, qkv_TF: Tensor, l: int, turns_T1P: Tensor, batch: Batch, k_KNSD: Tensor,
+                          scale_KNS: Tensor | None = None) -> Tensor:
+        """The same where a token leaves a latent in the pool (latent.py); [T, H, W]. Queries may come from a latent of
+        their own, which saves weights and nothing else."""
+        c, w, m = self.config, self.weights, self.config.latent
+        q_TF, c_TZ, r_TP = qkv_TF.split([qkv_TF.shape[1] - c.D, m.rank, m.rotary], -1)
+        if m.q_rank:
+            q_TF = linear(norm(q_TF, w["q_norm"][l], LATENT_EPS), w["q_up"][l])
+        q_THU, s_THP = q_TF.view(-1, c.H, m.plain + m.rotary).split([m.plain, m.rotary], -1)
+        turned = rotate(torch.cat([s_THP, r_TP[:, None]], 1), turns_T1P)
+        c_T1Z = norm(c_TZ, w["kv_norm"][l], LATENT_EPS)[:, None]
+        self.write_kv(torch.cat([c_T1Z, turned[:, c.H:]], -1), None, k_KNSD, None, batch.slots_T, scale_KNS)
+        q_THF = torch.cat([q_THU, turned[:, :c.H]], -1)
+        return attend_to_latents(q_THF, w["kv_up"][l], k_KNSD, batch, c.scales[l], m, self.backend, scale_KNS)
 
 
 def norm(x_TE: Tensor, part: Part, eps: float) -> Tensor:

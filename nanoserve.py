@@ -327,7 +327,7 @@ class LLM:
                             ("num_speculative_tokens", num_speculative_tokens)):
             if value is not None and (not is_int(value) or not 0 < value < 2 ** 31):
                 raise ValueError(f"{what} is {str(value)[:50]}: it must be a whole number from 1 to 2147483647")
-        kernels.check(attention, self.device, DTYPES[self.dtype], c.H, c.K, c.D, block_size)
+        kernels.check(attention, self.device, DTYPES[self.dtype], *c.attended, block_size)
         if cuda_graphs and attention != "triton":
             raise ValueError(f"cuda_graphs=True needs attention='triton', not {attention!r}: leave one of them out")
 
@@ -364,7 +364,7 @@ class LLM:
         full, block_bytes = -(-c.context // block_size), 0
         for m in (c, draft) if draft else (c,):
             row_bytes = m.D + 4 if int8 else m.D * dtype.itemsize   # K or V of a token and head; in INT8 with its scale
-            block_bytes += 2 * m.L * m.K * block_size * row_bytes
+            block_bytes += (1 if m.latent else 2) * m.L * m.K * block_size * row_bytes
         most, share = memory_for_pool(self.device)
         if num_blocks is None:
             num_blocks = max(1, min(full * max_seqs, share // block_bytes))
@@ -376,8 +376,8 @@ class LLM:
             raise ValueError(f"block tables for {max_seqs} requests of {width} blocks need {tables * width / 125e6:.1f}"
                              " GB: lower max_seqs or max_batched_tokens")
         blocks = num_blocks, block_size, torch.int8 if int8 else dtype, self.device
-        memory = KVMemory(draft.L, draft.K, draft.D, *blocks) if draft else None
-        return KVPool(c.L, c.K, c.D, *blocks, prefix_cache, tables, width, memory)
+        memory = KVMemory(draft.L, draft.K, draft.D, *blocks, bool(draft.latent)) if draft else None
+        return KVPool(c.L, c.K, c.D, *blocks, prefix_cache, tables, width, memory, bool(c.latent))
 
     # --- the loop, one turn at a time
 

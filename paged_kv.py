@@ -47,21 +47,19 @@ class BlockTable:
 class KVMemory:
     """What is in the blocks: N blocks of S token slots for every layer and KV head of a model.
 
-    k_LKNSD and v_LKNSD: layer, KV head, block, offset, head size. With heads outside blocks, one block of one head is
-    contiguous. The memory starts uninitialised: what no request has written, no request reads. With dtype int8 there is
-    a float32 scale for every token and head beside them, k_scale_LKNS and v_scale_LKNS: a number is its byte times its
-    scale (kernels.py says how they are made). `memory` is all of these tensors; [:, :, block] of each is what a block
-    holds.
+    memory: K and V, [L, K, N, S, D] each: layer, KV head, block, offset, head size. With heads outside blocks, one block
+    of one head is contiguous. A latent (latent.py) is K and V in one: then there is one tensor. With dtype int8 there is
+    a float32 scale for every token and head of each of them, [L, K, N, S]: a number is its byte times its scale
+    (kernels.py says how they are made). [:, :, block] of each tensor is what a block holds. The memory starts
+    uninitialised: what no request has written, no request reads.
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, num_blocks: int, block_size: int,
-                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
-        shape = layers, kv_heads, num_blocks, block_size
-        self.k_LKNSD, self.v_LKNSD = (torch.empty(*shape, head_dim, dtype=dtype, device=device) for _ in "kv")
-        self.memory = self.k_LKNSD, self.v_LKNSD
+                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", latent: bool = False):
+        shape, kinds = (layers, kv_heads, num_blocks, block_size), "k" if latent else "kv"
+        self.memory = tuple(torch.empty(*shape, head_dim, dtype=dtype, device=device) for _ in kinds)
         if dtype == torch.int8:
-            self.k_scale_LKNS, self.v_scale_LKNS = (torch.empty(shape, device=device) for _ in "kv")
-            self.memory += self.k_scale_LKNS, self.v_scale_LKNS
+            self.memory += tuple(torch.empty(shape, device=device) for _ in kinds)
 
 
 class KVPool(KVMemory):
@@ -74,8 +72,9 @@ class KVPool(KVMemory):
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, num_blocks: int, block_size: int,
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", prefix_cache: bool = True,
-                 max_tables: int = 64, max_blocks: int | None = None, draft: KVMemory | None = None):
-        super().__init__(layers, kv_heads, head_dim, num_blocks, block_size, dtype, device)
+                 max_tables: int = 64, max_blocks: int | None = None, draft: KVMemory | None = None,
+                 latent: bool = False):
+        super().__init__(layers, kv_heads, head_dim, num_blocks, block_size, dtype, device, latent)
         self.draft = draft
         self.drafted: set[int] = set()                        # blocks that are full in the draft's memory, too
         self.num_blocks, self.block_size, self.prefix_cache = num_blocks, block_size, prefix_cache

@@ -339,7 +339,7 @@ def load_draft(folder: str | Path | Config, config: Config, tokenizer, device: t
                          "model with the same vocabulary")
     try:
         c = folder if here else read_config(Path(folder))
-        kernels.check(attention, device, dtype, c.H, c.K, c.D, block_size)
+        kernels.check(attention, device, dtype, *c.attended, block_size)
         other = None if here else load_tokenizer(Path(folder))
         if c.V != config.V or tokenizer and other and tokenizer.words != other.words:
             size = f"{c.V} tokens and the model's has {config.V}" if c.V != config.V else "other words than the model's"

@@ -118,7 +118,7 @@ def test_operations_and_bytes_equal_what_torch_counts(tmp_path, monkeypatch, nam
         head = c.V * c.E * 4 * bool(wanted)
         assert cost.bytes == sum(t.nbytes for t in matrices) + head + read * 2 * c.K * c.D * 4
     assert step_cost(c, requests, 2) == step_cost(c, requests, 2, 5)
-    assert roofline.kv_bytes(c, 4) == c.L * (llm.pool.k_LKNSD[0, :, 0, 0].nbytes + llm.pool.v_LKNSD[0, :, 0, 0].nbytes)
+    assert roofline.kv_bytes(c, 4) == sum(memory[:, :, 0, 0].nbytes for memory in llm.pool.memory)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2 gelu, untied, unscaled", "llama one KV head, own head size, biases, tied", "qwen3"])

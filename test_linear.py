@@ -91,7 +91,7 @@ def test_the_engine_takes_the_dtype_that_was_chosen(tmp_path, monkeypatch):
     monkeypatch.setattr(nanoserve, "fastest_dtype", lambda *what: asked.append(what) or ("bfloat16", "because"))
     llm = LLM(tmp_path, device="cpu")
     assert asked == [("bfloat16", torch.device("cpu"), LLAMA["intermediate_size"], LLAMA["hidden_size"])]
-    assert (llm.dtype, llm.dtype_reason, llm.pool.k_LKNSD.dtype) == ("bfloat16", "because", torch.bfloat16)
+    assert (llm.dtype, llm.dtype_reason, llm.pool.memory[0].dtype) == ("bfloat16", "because", torch.bfloat16)
     llm = LLM(tmp_path, device="cpu", dtype="float32")
     assert (llm.dtype, llm.dtype_reason) == ("float32", "as asked") and len(asked) == 1
 

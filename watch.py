@@ -285,7 +285,7 @@ def describe_attention(llm: LLM, chunks: list[Chunk]) -> Iterator[str]:
         if llm.model.attention is kernels.attention_naive:
             yield f"{of}naive: a product per request and head, {len(chunks)} x {c.H} of them"
         elif llm.model.attention is kernels.attention_torch:
-            for call in kernels.plan_torch(batch, c.H, pool.k_LKNSD[0], window, dtype):
+            for call in kernels.plan_torch(batch, c.H, pool.memory[0][0], window, dtype):
                 rows, in_place = len(batch.positions_T[call.rows]), isinstance(call.keys, slice)
                 length = call.keys.stop - call.keys.start if in_place else call.keys.shape[-1]
                 n, count = call.tokens, rows // (call.tokens or rows)   # tokens of each chunk, chunks
