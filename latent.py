@@ -151,25 +151,39 @@ def attend_widened(q_THF: Tensor, up_HFZ: Tensor, latents_LD: Tensor, batch: Bat
 # matrix products of its own: 512 and 64 numbers, and not 576 padded to 1,024.
 
 @jit
+def _piece(ptr, at_T, there_T, SIZE: tl.constexpr, PAD: tl.constexpr, MASKED: tl.constexpr):
+    """A piece of each key of a tile, [T, PAD]; zeros behind its end, and for keys that are not there."""
+    i = tl.arange(0, PAD)
+    if MASKED:
+        return tl.load(ptr + at_T[:, None] + i[None, :], mask=there_T[:, None] & (i < SIZE)[None, :], other=0)
+    if SIZE < PAD:
+        return tl.load(ptr + at_T[:, None] + i[None, :], mask=(i < SIZE)[None, :], other=0)
+    return tl.load(ptr + at_T[:, None] + i[None, :])
+
+
+@jit
 def _latent_sweep(o_RW, m_R, l_R, q_RA, q_RP, k_ptr, r_ptr, v_ptr, scale_ptr, table_ptr, head_R, position_R, start, stop,
                   kv_len, scale, k_stride, r_stride, S: tl.constexpr, A: tl.constexpr, A_PAD: tl.constexpr,
                   P: tl.constexpr, P_PAD: tl.constexpr, W: tl.constexpr, W_PAD: tl.constexpr, SHARED: tl.constexpr,
                   TILE: tl.constexpr, MASKED: tl.constexpr):
-    """`_sweep` of kernels.py for keys in two pieces. SHARED: V is the first piece, and is there already. MASKED is False
-    where every row sees every key of every tile."""
-    a, p, w, t = tl.arange(0, A_PAD), tl.arange(0, P_PAD), tl.arange(0, W_PAD), tl.arange(0, TILE)
+    """`_sweep` of kernels.py, without windows, for keys in two pieces. SHARED: V is the first piece, and is there already.
+    MASKED is False where every row sees every key of every tile."""
+    t = tl.arange(0, TILE)
     for tile in range(start, stop, TILE):
         key = tile + t
-        there = key < kv_len   # slots past the end belong to nobody and may hold NaN
-        slot = (tl.load(table_ptr + key // S, mask=there, other=0) * S + key % S).to(tl.int64)
-        k_TA = tl.load(k_ptr + (slot * k_stride)[:, None] + a[None, :],
-                       mask=there[:, None] & (a < A)[None, :], other=0).to(q_RA.dtype)
-        r_TP = tl.load(r_ptr + (slot * r_stride)[:, None] + p[None, :],
-                       mask=there[:, None] & (p < P)[None, :], other=0).to(q_RA.dtype)
+        if S % TILE == 0:
+            begin = tl.load(table_ptr + tile // S).to(tl.int64) * S + tile % S
+            slot = t
+        else:
+            begin = 0
+            slot = (tl.load(table_ptr + key // S, mask=key < kv_len, other=0) * S + key % S).to(tl.int64)
+        there = key < kv_len if MASKED else key >= 0   # slots past the end belong to nobody and may hold NaN
+        k_TA = _piece(k_ptr + begin * k_stride, slot * k_stride, there, A, A_PAD, MASKED).to(q_RA.dtype)
+        r_TP = _piece(r_ptr + begin * r_stride, slot * r_stride, there, P, P_PAD, MASKED).to(q_RA.dtype)
         s_RT = tl.dot(q_RA, tl.trans(k_TA), input_precision="ieee")
         s_RT = tl.dot(q_RP, tl.trans(r_TP), s_RT, input_precision="ieee")
         if scale_ptr is not None:
-            scale_T = tl.load(scale_ptr + slot, mask=there, other=0.0)
+            scale_T = tl.load(scale_ptr + begin + slot, mask=there, other=0.0)
             s_RT *= scale_T[None, :]
         s_RT = kernels._bias(s_RT, scale, head_R[:, None], position_R[:, None] - key[None, :])
         if MASKED:
@@ -184,8 +198,7 @@ def _latent_sweep(o_RW, m_R, l_R, q_RA, q_RP, k_ptr, r_ptr, v_ptr, scale_ptr, ta
         if SHARED:
             v_TW = k_TA
         else:
-            v_TW = tl.load(v_ptr + (slot * k_stride)[:, None] + w[None, :],
-                           mask=there[:, None] & (w < W)[None, :], other=0)
+            v_TW = _piece(v_ptr + begin * k_stride, slot * k_stride, there, W, W_PAD, MASKED)
         o_RW = tl.dot(p_RT.to(v_TW.dtype), v_TW, o_RW * rescale[:, None], input_precision="ieee")
         m_R = m_new
     return o_RW, m_R, l_R
@@ -202,7 +215,7 @@ def _latent_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, k_ptr, r_ptr, v_ptr, sca
     Cost: 2 ROWS keys (A + P + W) operations. Absorbed, for keys * (A + P) numbers, each used by all rows of the tile for
     K and for V: with 64 of 128 rows per program a key is read twice, the second time from the L2 cache. Bound: both, on
     an H100 nearly at once. Widened, for keys * (A + W) numbers: arithmetic, as in any prefill.
-    Tile: o_RW holds 64 x 512 numbers in registers, as many as eight warps have room for; so ROWS is 64 at most.
+    Tile: o_RW holds 64 x 512 numbers in registers, half of all that a multiprocessor has; so ROWS is 64 at most.
     Wins where all heads share a latent; loses on models of few heads, whose 16 rows fill a tile in part.
     """
     work, kv_head = tl.program_id(0), (tl.program_id(1) % (H // G)).to(tl.int64)
@@ -229,11 +242,13 @@ def _latent_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, k_ptr, r_ptr, v_ptr, sca
         diagonal = tl.maximum(start, start + (diagonal - start) // TILE * TILE)
         k_ptr, v_ptr = k_ptr + kv_head * head_stride, v_ptr + kv_head * head_stride
         o_RW, m_R, l_R = kernels._start(ROWS, W_PAD)
+        if not SHARED:   # most tiles need no mask; absorbed, a second loop would cost registers and save little
+            o_RW, m_R, l_R = _latent_sweep(o_RW, m_R, l_R, q_RA, q_RP, k_ptr, r_ptr, v_ptr, scale_ptr, table_ptr,
+                                           kv_head * G + head, past + token, start, diagonal, kv_len, scale, k_stride,
+                                           r_stride, S, A, A_PAD, P, P_PAD, W, W_PAD, SHARED, TILE, False)
+            start = diagonal
         o_RW, m_R, l_R = _latent_sweep(o_RW, m_R, l_R, q_RA, q_RP, k_ptr, r_ptr, v_ptr, scale_ptr, table_ptr,
-                                       kv_head * G + head, past + token, start, diagonal, kv_len, scale, k_stride,
-                                       r_stride, S, A, A_PAD, P, P_PAD, W, W_PAD, SHARED, TILE, False)
-        o_RW, m_R, l_R = _latent_sweep(o_RW, m_R, l_R, q_RA, q_RP, k_ptr, r_ptr, v_ptr, scale_ptr, table_ptr,
-                                       kv_head * G + head, past + token, diagonal, stop, kv_len, scale, k_stride,
+                                       kv_head * G + head, past + token, start, stop, kv_len, scale, k_stride,
                                        r_stride, S, A, A_PAD, P, P_PAD, W, W_PAD, SHARED, TILE, True)
         live_RW, at_RW = live_R[:, None] & (w < W)[None, :], (at_R * W)[:, None] + w[None, :]
         if splits > 1:
@@ -291,7 +306,8 @@ def launch(q_THF: Tensor, k_LKA: Tensor, r_L1P: Tensor, v_LKW: Tensor, batch: Ba
         if not lengths:
             continue
         longest = max(lengths)
-        options = launch_options(longest * H // K, A_PAD, W_PAD, q_THF.dtype, kernels.capability_of(device))
+        options = launch_options(longest * H // K, A_PAD, scale_KNS is not None, q_THF.dtype,
+                                 kernels.capability_of(device))
         programs = K * triton.cdiv(longest * H // K, options["ROWS"])
         if few:
             work = batch.table(("latent", programs), lambda batch: kernels.share_out(
@@ -319,11 +335,15 @@ def whole_chunks(batch: Batch) -> list[tuple[int, ...]]:
     return sorted(work, key=lambda row: -row[3])
 
 
-def launch_options(rows: int, A: int, W: int, dtype: torch.dtype, capability: int) -> dict:
-    """Tile and launch shape for so many query rows per KV head (see `bench.py kernels`)."""
-    least = max(16, triton.next_power_of_2(rows))
-    if kernels.INTERPRETED:   # small, so that short tests see many tiles
-        return dict(ROWS=min(32, least), TILE=16)
-    if dtype == torch.float32:
-        return dict(ROWS=16, TILE=16, num_warps=4, num_stages=1)
-    return dict(ROWS=min(64 if A > 256 else 128, least), TILE=32, num_warps=8, num_stages=2)
+def launch_options(rows: int, A: int, int8: bool, dtype: torch.dtype, capability: int) -> dict:
+    """Tile and launch shape for so many query rows per KV head and keys of A numbers (see `bench.py kernels`)."""
+    ROWS, direct = max(16, triton.next_power_of_2(rows)), capability // 10 in (9, 10)   # see kernels.prefill_options
+    if kernels.INTERPRETED:       # small, so that short tests see many tiles
+        return dict(ROWS=min(32, ROWS), TILE=16)
+    if dtype == torch.float32:    # no matrix units
+        return dict(ROWS=16, TILE=16, num_warps=8, num_stages=1)
+    if A <= 256:
+        return dict(ROWS=min(128, ROWS), TILE=64 if direct else 32, num_warps=8, num_stages=3)
+    if int8 or not direct:        # bytes are widened in registers, which leaves room for half as many rows
+        return dict(ROWS=min(32, ROWS), TILE=32, num_warps=8, num_stages=3)
+    return dict(ROWS=min(64, ROWS), TILE=32 if capability // 10 == 9 else 16, num_warps=8, num_stages=2)
