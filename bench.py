@@ -50,6 +50,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import experts
 import kernels
 import linear
 import nanoserve
@@ -491,7 +492,7 @@ def show_speed(engines: dict[str, LLM], ceilings: dict[str, Ceiling], bandwidth:
     rates, bounds, plain = [], [], []
     for name, llm in engines.items():
         itemsize, dtype, bits = DTYPES[llm.dtype].itemsize, *VARIANTS[name][:2]
-        weights = weight_bytes(c, itemsize, in_8_bits(llm))
+        weights = weight_bytes(c, itemsize, in_8_bits(llm), tokens=1)
         rates.append([name, weights / 1e6, kv_bytes(c, itemsize, llm.kv_cache_dtype)])
         bounds.append([name])
         for i, (_, _, B, _, chunk) in enumerate(cases):
@@ -1010,6 +1011,15 @@ def launch_products(kind: str, rows: int, out: int = 2048, inputs: int = 2048, b
         linear.linear_triton(torch.randn(rows, inputs, dtype=torch.bfloat16), random_part(out, inputs, kind))
 
 
+def launch_experts(kind: str, rows: int, X: int = 8, out: int = 256, inputs: int = 2048):
+    """One launch of the kernels that multiply so many rows, each by its two of X weights, in 8 bits or a dtype."""
+    part = random_part(X * out, inputs, kind) if kind in BYTES else linear.Part(
+        torch.zeros(X * out, inputs, dtype=DTYPES[kind]))
+    order_R, starts_X = experts.sort_visits(torch.arange(2 * rows).view(rows, 2) % X, X)
+    dtype = torch.bfloat16 if kind in BYTES else DTYPES[kind]
+    experts.linear_experts_triton(torch.zeros(rows, inputs, dtype=dtype), part, order_R, starts_X)
+
+
 def show_compiled():
     rows = []
     for D, capability in itertools.product((64, 128, 256), SHARED):
@@ -1022,6 +1032,10 @@ def show_compiled():
         for c in compile_launches(partial(launch_products, kind, T), capability):
             if T == 16 or c["kernel"] == "product":
                 rows.append([f"{c.pop('kernel')}, {kind}, {T} rows", *c.values()])
+    for kind, T, capability in itertools.product(("bfloat16", *BYTES), (16, 512), SHARED):   # 4 rows per expert, 128
+        progress(f"compiling for sm_{capability}, experts, {kind}, {T} rows")
+        rows += [[f"experts, {kind}, {T} rows", *list(c.values())[1:]]
+                 for c in compile_launches(partial(launch_experts, kind, T), capability) if c["kernel"] == "experts"]
     print_table("The kernels as compiled for bfloat16 (int8: with such a pool), 32:8 heads, blocks of 64; 2048 inputs",
                 ["kernel", "GPU", "tile", "warps", "stages", "regs", "spills", "KiB", "units", "per SM", "occupied"],
                 rows)

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from config import Config, Fields
+from experts import pack_experts
 from linear import GROUP, Part, has_kernels, pack, quantize, widen
 
 
@@ -34,19 +35,23 @@ from linear import GROUP, Part, has_kernels, pack, quantize, widen
 # The files
 
 Stored = tuple[str, tuple[int, ...]]   # a tensor in the files: its name, its shape there
+LET_GO = 64 << 20   # bytes that are read through open files, after which they are closed
 
 
 class Checkpoint:
     """The tensors of a folder by name, each read from its memory-mapped file when it is asked for."""
 
     def __init__(self, folder: Path):
+        self.opened, self.taken = {}, 0   # by path; bytes that were read through them
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if single.is_file():
             files = {name: single for name in self._open(single).keys()}
         elif index.is_file():
             files = {name: folder / str(file) for name, file in Fields(index).need("weight_map", dict).items()}
-            for path in sorted(set(files.values())):
-                placed = {name for name in files if files[name] == path}
+            placed_in = {path: set() for path in sorted(set(files.values()))}
+            for name, path in files.items():
+                placed_in[path].add(name)
+            for path, placed in placed_in.items():
                 if not path.is_file():
                     raise ValueError(f"{path}, where {index.name} places tensor {min(placed)}, is missing: "
                                      "fetch it into the folder")
@@ -61,6 +66,11 @@ class Checkpoint:
         self.files, self.folder = files, folder
 
     def _open(self, path: Path):
+        if path not in self.opened:
+            self.opened[path] = self._open_anew(path)
+        return self.opened[path]
+
+    def _open_anew(self, path: Path):
         if not os.access(path, os.R_OK):
             raise ValueError(f"{path} cannot be read: give yourself the permission to read it")
         try:
@@ -110,8 +120,13 @@ class Checkpoint:
                                  "the two do not belong together")
 
     def read(self, name: str) -> Tensor:
-        # Opening the file for each tensor lets go of its mapped pages, so memory holds one copy of the weights.
-        return self._open(self.files[self.names[name]]).get_tensor(self.names[name])
+        # Closing a file lets go of its mapped pages, so memory holds one copy of the weights. Opening it reads the
+        # names of all its tensors: of thousands of small ones, many are read between.
+        tensor = self._open(self.files[self.names[name]]).get_tensor(self.names[name])
+        self.taken += tensor.nbytes
+        if self.taken > LET_GO:
+            self.opened, self.taken = {}, 0
+        return tensor
 
     def read_scale(self, name: str) -> Tensor:
         """float32. Raises ValueError naming a tensor by which no weight can be multiplied."""
@@ -125,12 +140,13 @@ class Checkpoint:
 # ---------------------------------------------------------------------------------------------
 # The weights
 
-MULTIPLIED = "qkv", "q_up", "out", "up", "down", "head"   # the parts that go through `linear`
+MULTIPLIED = "qkv", "q_up", "out", "up", "down", "shared_up", "shared_down", "head"   # what goes through `linear`
 
 
 def plan_parts(c: Config) -> Iterator[tuple[str, list[Stored], list[Stored]]]:
     """Every part of the model on paper, layer by layer: its name, the tensors of its weight, those of its bias. Several
-    tensors are stacked: one product computes q, k and v, and one computes gate and up."""
+    tensors are stacked: one product computes q, k and v, and one computes gate and up. So are the weights of a layer's
+    experts, expert by expert. A layer without experts has a router of no tensors."""
     E, I, V, D, q, kv = c.E, c.I, c.V, c.D, c.H * c.D, c.K * c.D
     if c.family == "gpt2":   # its matrices are Conv1D, which stores [in, out]
         table = {"embedding":  [("wte", (V, E))],
@@ -166,12 +182,26 @@ def plan_parts(c: Config) -> Iterator[tuple[str, list[Stored], list[Stored]]]:
             table |= {"q_norm": [(attn + "q_a_layernorm", (m.q_rank,))], "q_up": [(attn + "q_b_proj", (queries, m.q_rank))]}
     if not c.tied:
         table["head"] = [("lm_head", (V, E))]
+    sparse, e = {}, c.experts   # what a layer with experts has in the place of its MLP
+    if e:
+        mlp, gate, up, down = f"layers.{{l}}.{e.names[0]}.", *e.names[1:]
+        each = [f"{mlp}experts.{x}." for x in range(e.X)]
+        sparse = {"router": [(mlp + "gate", (e.X, E))],
+                  "up":     [(expert + name, (e.I, E)) for expert in each for name in (gate, up)],
+                  "down":   [(expert + down, (E, e.I)) for expert in each]}
+        if e.shared:
+            shared = mlp + "shared_experts."
+            sparse |= {"shared_up":   [(shared + gate, (e.shared, E)), (shared + up, (e.shared, E))],
+                       "shared_down": [(shared + down, (E, e.shared))]}
     outputs = -1 if c.family == "gpt2" else 0   # which axis of a stored weight its bias is as long as
-    for part, tensors in table.items():
+    for part, tensors in (table | sparse).items():
         for l in range(c.L if "{l}" in tensors[0][0] else 1):
-            weights = [(name.format(l=l) + ".weight", shape) for name, shape in tensors]
-            biases = [(name.format(l=l) + ".bias", (shape[outputs],)) for name, shape in tensors]
-            yield part, weights, biases if part in c.biased else []
+            has = sparse[part] if part in sparse and l in e.layers else table.get(part, [])
+            weights = [(name.format(l=l) + ".weight", shape) for name, shape in has]
+            biases = [(name.format(l=l) + ".bias", (shape[outputs],)) for name, shape in has if part in c.biased]
+            if part == "router" and weights and e.corrected:
+                biases = [(f"{mlp}gate.e_score_correction_bias".format(l=l), (e.X,))]
+            yield part, weights, biases
 
 
 def plan_scales(c: Config, checkpoint: Checkpoint) -> dict[str, Stored]:
@@ -222,9 +252,10 @@ def to_our_layout(stored: Tensor, name: str, c: Config) -> Tensor:
 def make_parts(c: Config, device: torch.device, dtype: torch.dtype, quantization: str | None,
                read: Callable[[str, tuple[int, ...]], Tensor],
                read_scale: Callable[[str, tuple[int, ...]], Tensor | None] = lambda name, shape: None,
-               ) -> dict[str, list[Part]]:
-    """Every part by its name, one entry per layer (or one). `read` gives the stored tensor of a name and shape, and
-    `read_scale` the scale of its rows, float32 [out, G], if it is stored in 8 bits.
+               ) -> dict[str, list[Part | list[Part] | None]]:
+    """Every part by its name, one entry per layer (or one); of a layer's experts what `pack_experts` gives, and None
+    for the router of a layer without them. `read` gives the stored tensor of a name and shape, and `read_scale` the
+    scale of its rows, float32 [out, G], if it is stored in 8 bits.
 
     One part is made at a time, and of what is packed the plain form is let go: beside the model, memory holds a part
     or two.
@@ -239,7 +270,7 @@ def make_parts(c: Config, device: torch.device, dtype: torch.dtype, quantization
         weight, scale = read(name, shape), read_scale(name, shape)
         return Part(to_our_layout(weight, name, c), None, None if scale is None else to_our_layout(scale, name, c))
 
-    def make_part(weights: list[Stored], biases: list[Stored]) -> Part:
+    def make_part(weights: list[Stored], biases: list[Stored], dtype: torch.dtype) -> Part:
         pieces = [read_piece(*tensor) for tensor in weights]
         bias = stack([to_our_layout(read(*tensor), tensor[0], c) for tensor in biases], dtype) if biases else None
         if all(piece.scale is not None for piece in pieces):
@@ -250,11 +281,13 @@ def make_parts(c: Config, device: torch.device, dtype: torch.dtype, quantization
 
     parts = {}
     for name, weights, biases in plan_parts(c):
-        part = make_part(weights, biases)
+        precise = name == "router" and c.experts.precise
+        part = make_part(weights, biases, torch.float32 if precise else dtype) if weights else None
         if name == "kv_up":   # it multiplies queries and answers head by head, in float
             part = widen(part, dtype)
-        if name in MULTIPLIED:
-            part = pack(quantize(part, quantization), dtype)
+        if part and name in MULTIPLIED:
+            part = quantize(part, quantization)
+            part = pack_experts(part, c.experts.X, dtype) if ".experts." in weights[0][0] else pack(part, dtype)
         parts.setdefault(name, []).append(part)
     if c.tied:   # the embedding stays as it is: the model takes rows of it
         parts["head"] = [pack(quantize(Part(parts["embedding"][0].weight), quantization), dtype)]

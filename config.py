@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from linear import GROUP
 
 MODEL_TYPES = {"gpt2": ("GPT2LMHeadModel", "GPT2Model"), "llama": ("LlamaForCausalLM", "LlamaModel"),
                "mistral": ("MistralForCausalLM", "MistralModel"), "qwen2": ("Qwen2ForCausalLM", "Qwen2Model"),
-               "qwen3": ("Qwen3ForCausalLM", "Qwen3Model"),
+               "qwen3": ("Qwen3ForCausalLM", "Qwen3Model"), "mixtral": ("MixtralForCausalLM", "MixtralModel"),
+               "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeModel"),
                "deepseek_v2": ("DeepseekV2ForCausalLM", "DeepseekV2Model"),
                "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Model"),
                "kimi_k2": ("DeepseekV3ForCausalLM",), "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", "Glm4MoeLiteModel"),
@@ -34,6 +36,25 @@ class Latent:
     rotary: int            # P, the rotary ones: qk_rope_head_dim
     value: int             # W, of a head's value: v_head_dim
     q_rank: int | None     # of the queries' own latent; None: they have none
+
+
+@dataclass
+class Experts:
+    """What a model says of its experts (experts.py). In its other layers a token meets one MLP."""
+    layers: Set[int]               # those that have experts
+    X: int                         # experts of such a layer
+    C: int                         # how many of them a token chooses
+    I: int                         # their hidden size
+    names: tuple[str, ...]         # in the files: the place of router and experts; an expert's gate, up and down
+    normalised: bool               # the weights of a token's choices are made to add up to 1
+    scoring: str = "softmax"       # what makes scores of the router's products: "softmax" or "sigmoid"
+    corrected: bool = False        # choices, not weights, are by score plus a correction that is stored per expert
+    groups: int = 1                # of neighbouring experts; a token chooses among those of its best groups alone
+    top_groups: int = 1            # how many those are
+    ranked_by: int = 1             # a group is as good as so many of its best experts together
+    factor: float = 1.0            # the weights are multiplied by it in the end
+    shared: int = 0                # hidden size of the MLP that all tokens share beside their experts; 0: there is none
+    precise: bool = False          # the router multiplies in float32, whatever the others do
 
 
 @dataclass
@@ -61,6 +82,7 @@ class Config:
     stored: str | None             # "int8" or "fp8" where those that are multiplied may be stored so, with scales
     blocks: bool                   # whether a scale is that of a block of 128 x 128, not of a row
     ignored: list[str]             # regular expressions of the modules that are not stored in 8 bits
+    experts: Experts | None = None
     latent: Latent | None = None   # latent attention; then K is 1, and D what a token leaves in the pool
     interleaved: bool = False      # whether the files hold the two numbers of RoPE's pairs side by side
     extra_layers: int = 0          # behind the last, for drafting: not read
@@ -242,20 +264,74 @@ def read_llama_config(raw: Fields, model_type: str, common: dict) -> Config:
     E, H, L = raw.need("hidden_size"), raw.need("num_attention_heads"), raw.need("num_hidden_layers")
     D = raw.get("head_dim", max(1, E // H))
     windows = read_windows(raw, model_type, L)
-    context = raw.get("max_position_embeddings", {"llama": 2048, "mistral": 131072}.get(model_type, 32768))
-    rope = read_rope(raw, D, context)
+    context = {"llama": 2048, "mistral": 131072, "mixtral": 131072}.get(model_type, 32768)
+    context = raw.get("max_position_embeddings", context)
+    rope = read_rope(raw, D, context, 1e6 if model_type == "mixtral" else 1e4)
     if rope["rope_type"] == "yarn":   # the context beside it is often still that without it
         context = max(context, int(rope["factor"] * rope["original_max_position_embeddings"]))
     biased = {"qkv"} if model_type == "qwen2" else set()
-    if model_type in ("llama", "qwen3") and raw.get("attention_bias", False):
+    if model_type in ("llama", "qwen3", "qwen3_moe") and raw.get("attention_bias", False):
         biased |= {"qkv", "out"}
     if model_type == "llama" and raw.get("mlp_bias", False):
         biased |= {"up", "down"}
     return Config(
         family="llama", L=L, E=E, H=H, K=raw.get("num_key_value_heads", H), D=D, I=raw.need("intermediate_size"),
-        V=raw.need("vocab_size"), activation=raw.get("hidden_act", "silu"), eps=raw.get("rms_norm_eps", 1e-6),
-        context=context, biased=biased, qk_norm=model_type == "qwen3", tied=raw.get("tie_word_embeddings", False),
-        scales=[D ** -0.5] * L, windows=windows, rope=rope, **common)
+        V=raw.need("vocab_size"), activation=raw.get("hidden_act", "silu"),
+        eps=raw.get("rms_norm_eps", 1e-5 if model_type == "mixtral" else 1e-6), context=context, biased=biased,
+        qk_norm=model_type in ("qwen3", "qwen3_moe"), tied=raw.get("tie_word_embeddings", False),
+        scales=[D ** -0.5] * L, windows=windows, rope=rope, experts=read_experts(raw, model_type, L), **common)
+
+
+def read_experts(raw: Fields, model_type: str, L: int) -> Experts | None:
+    """What a config says of experts; None for a model that has none. Where it says nothing, what its family takes."""
+    if model_type == "mixtral":
+        e = Experts(layers=set(range(L)), X=raw.get("num_local_experts", 8), C=raw.get("num_experts_per_tok", 2),
+                    I=raw.need("intermediate_size"), names=("block_sparse_moe", "w1", "w3", "w2"), normalised=True)
+    elif model_type == "qwen3_moe":
+        every, dense = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers", [])
+        if not all(type(l) is int for l in dense):
+            raise ValueError(f"{raw.path}: 'mlp_only_layers' is {str(dense)[:50]}, not a list of layers")
+        e = Experts(layers={l for l in range(L) if (l + 1) % every == 0 and l not in dense},
+                    X=raw.get("num_experts", raw.get("num_local_experts", 128)), C=raw.get("num_experts_per_tok", 8),
+                    I=raw.get("moe_intermediate_size", 768), names=("mlp", "gate_proj", "up_proj", "down_proj"),
+                    normalised=raw.get("norm_topk_prob", False))
+    elif model_type in ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"):
+        e = read_deepseek_experts(raw, model_type != "deepseek_v2", L)
+    else:
+        return None
+    if e.C > e.X:
+        raise ValueError(f"{raw.path}: 'num_experts_per_tok' is {e.C}, and there are {e.X} experts")
+    return e if e.layers else None
+
+
+def read_deepseek_experts(raw: Fields, v3: bool, L: int) -> Experts:
+    """DeepSeek-V2 (2024, section 2.1.2) and DeepSeek-V3 (2024, section 2.1.2), each with one kind of scores."""
+    method, scoring = ("noaux_tc", "sigmoid") if v3 else (raw.get("topk_method", "greedy"), "softmax")
+    methods = ("noaux_tc",) if v3 else ("greedy", "group_limited_greedy")
+    # DeepSeek's code of V2 normalises without the factor, transformers with the factor and not at all: nobody can say.
+    normal = (True, False, None) if v3 else (False, None)
+    for key, good in dict(topk_method=(*methods, None), scoring_func=(scoring, None), moe_layer_freq=(1, None),
+                          norm_topk_prob=normal).items():
+        if raw.values.get(key) not in good:
+            raise ValueError(f"{raw.path}: {key!r} is {str(raw.values[key])[:50]!r}, which is not supported here: "
+                             f"only {' or '.join(json.dumps(value) for value in good if value is not None)} is")
+    dense, shared = (raw.values.get(key, default) or 0 for key, default in (
+        ("first_k_dense_replace", 3 if v3 else 0), ("n_shared_experts", 1 if v3 else 2)))   # either may be 0
+    if type(dense) is not int or type(shared) is not int or dense < 0 or shared < 0:
+        raise ValueError(f"{raw.path}: 'first_k_dense_replace' and 'n_shared_experts' are {str(dense)[:50]!r} and "
+                         f"{str(shared)[:50]!r}, not whole numbers from 0")
+    groups, top = (1, 1) if method == "greedy" else (raw.get("n_group", 8 if v3 else 1),
+                                                     raw.get("topk_group", 4 if v3 else 1))
+    I = raw.get("moe_intermediate_size", 2048 if v3 else 1407)
+    e = Experts(layers=set(range(dense, L)), X=raw.get("n_routed_experts", 256 if v3 else 64),
+                C=raw.get("num_experts_per_tok", 8) if v3 else raw.need("num_experts_per_tok"), I=I,
+                names=("mlp", "gate_proj", "up_proj", "down_proj"), scoring=scoring, corrected=v3, groups=groups,
+                top_groups=top, ranked_by=2 if v3 else 1, normalised=raw.get("norm_topk_prob", v3), shared=shared * I,
+                factor=raw.get("routed_scaling_factor", 2.5 if v3 else 1.0), precise=True)
+    if e.X % groups or top > groups or e.X // groups < e.ranked_by or e.C > e.X // groups * top:
+        raise ValueError(f"{raw.path}: {e.X} experts in 'n_group' {groups} groups, of which 'topk_group' {top} are "
+                         f"chosen, do not give each token 'num_experts_per_tok' {e.C} experts of groups of equal size")
+    return e
 
 
 def read_deepseek_config(raw: Fields, model_type: str, common: dict) -> Config:
@@ -283,17 +359,18 @@ def read_deepseek_config(raw: Fields, model_type: str, common: dict) -> Config:
         biased={"qkv", "out"} if raw.get("attention_bias", False) else set(), qk_norm=False,
         tied=raw.get("tie_word_embeddings", model_type == "youtu"),
         scales=[(m.plain + P) ** -0.5 * factor ** 2] * L, windows=[None] * L, rope=rope, latent=m,
+        experts=read_experts(raw, model_type, L),
         interleaved=model_type == "deepseek_v2" or raw.get("rope_interleave", True),
         extra_layers=raw.get("num_nextn_predict_layers", 0), **common)
 
 
 def read_windows(raw: Fields, model_type: str, L: int) -> list[int | None]:
     """Per layer, how many keys back a query sees: in Mistral in every layer, in Qwen in some and only if told to."""
-    window = None
-    if model_type == "mistral" or model_type != "llama" and raw.get("use_sliding_window", False):
-        if raw.values.get("sliding_window", 4096) is not None:   # null: no window, where elsewhere it is the default
+    window, default = None, None if model_type == "mixtral" else 4096
+    if model_type in ("mistral", "mixtral") or model_type != "llama" and raw.get("use_sliding_window", False):
+        if raw.values.get("sliding_window", default) is not None:   # null: no window, where elsewhere it is the default
             window = raw.get("sliding_window", 4096)
-    if model_type in ("llama", "mistral"):
+    if model_type in ("llama", "mistral", "mixtral", "qwen3_moe"):
         return [window] * L
     full = raw.values.get("max_window_layers", 28)   # how many layers come before the first with a window; may be 0
     if not isinstance(full, int):
@@ -308,11 +385,12 @@ def read_windows(raw: Fields, model_type: str, L: int) -> list[int | None]:
     return [window if name == "sliding_attention" else None for name in layers]
 
 
-def read_rope(raw: Fields, D: int, context: int) -> dict:
-    """{"rope_type", "rope_theta", ...} from either spelling: `rope_scaling` and `rope_theta`, or `rope_parameters`."""
+def read_rope(raw: Fields, D: int, context: int, theta: float = 1e4) -> dict:
+    """{"rope_type", "rope_theta", ...} from either spelling: `rope_scaling` and `rope_theta`, or `rope_parameters`.
+    theta: what the family takes where the config does not say."""
     rope = dict(raw.get("rope_scaling", raw.get("rope_parameters", {})))
     rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    rope["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    rope["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", theta))
     needs = {"default": (), "linear": ("factor",), "yarn": ("factor",), "llama3": (
         "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
     if rope["rope_type"] not in list(needs):   # it may be anything

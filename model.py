@@ -3,10 +3,10 @@
 `Model` runs GPT-2 (Radford et al. 2019) or Llama (Touvron et al. 2023) over a ragged batch. The families are
 the same machine with different parts:
 
-                  GPT-2                          Llama, Mistral, Qwen2, Qwen3
+                  GPT-2                          Llama, Mistral, Mixtral, Qwen2, Qwen3
     position      learned, added to the input    rotary, applied to q and k in every layer (RoPE)
     norm          LayerNorm                      RMSNorm; Qwen3 also on every q and k head
-    MLP           down(act(up(x)))               down(act(gate(x)) * up(x))
+    MLP           down(act(up(x)))               down(act(gate(x)) * up(x)); Mixtral, Qwen3-MoE: several
     heads         one KV head per query head     G query heads share one KV head (GQA)
     biases        everywhere                     nowhere; Qwen2 on q, k, v; Llama as its config says
 
@@ -32,6 +32,7 @@ from torch import Tensor
 from batch import Batch, Chunk, Graphs, make_batch
 from config import Config
 from device import single_thread
+from experts import mixture
 from kernels import ATTENTION, WRITE_KV
 from latent import attend_to_latents
 from linear import Part, linear
@@ -46,7 +47,7 @@ SINGLE_THREAD = 2_000_000   # products of the MLP's matrix in a step: with fewer
 class Model:
     """GPT-2 or Llama over a ragged batch. `weights` as `load_weights` or `random_weights` gives them."""
 
-    def __init__(self, config: Config, weights: dict[str, list[Part]], attention: str):
+    def __init__(self, config: Config, weights: dict[str, list], attention: str):
         self.config, self.weights = config, weights
         self.backend, self.attention, self.write_kv = attention, ATTENTION[attention], WRITE_KV[attention]
         self.device = weights["embedding"][0].weight.device
@@ -74,13 +75,19 @@ class Model:
             o_THD = attend(linear(norm(x_TE, w["attn_norm"][l], c.eps), w["qkv"][l]), l, turns_T1P, batch, *layers[l])
             x_TE += linear(o_THD.flatten(1), w["out"][l])
 
-            h = linear(norm(x_TE, w["mlp_norm"][l], c.eps), w["up"][l])
+            h_TE, up, down = norm(x_TE, w["mlp_norm"][l], c.eps), w["up"][l], w["down"][l]
+            if c.experts and l in c.experts.layers:   # the MLPs that each token chooses; then the one of all, if any
+                x_TE += mixture(h_TE, w["router"][l], up, down, c.experts, ACTIVATIONS[c.activation])
+                if not c.experts.shared:
+                    continue
+                up, down = w["shared_up"][l], w["shared_down"][l]
+            h = linear(h_TE, up)
             if gated:
                 gate, up = h.chunk(2, -1)
                 h = ACTIVATIONS[c.activation](gate).mul_(up)
             else:
                 h = ACTIVATIONS[c.activation](h)
-            x_TE += linear(h, w["down"][l])
+            x_TE += linear(h, down)
 
         x_BE = norm(x_TE[batch.logit_rows], w["final_norm"][0], c.eps)
         return linear(x_BE, w["head"][0]).float()

@@ -29,6 +29,15 @@ LLAMA = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=
              rms_norm_eps=1e-5, eos_token_id=None)
 MISTRAL, QWEN2, QWEN3 = (LLAMA | dict(model_type=name.lower(), architectures=[f"{name}ForCausalLM"])
                          for name in ("Mistral", "Qwen2", "Qwen3"))
+MIXTRAL = LLAMA | dict(model_type="mixtral", architectures=["MixtralForCausalLM"], num_local_experts=4, num_experts_per_tok=2)
+QWEN3_MOE = LLAMA | dict(model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], head_dim=16, num_experts=7,
+                         num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True)
+DEEPSEEK_V2_MOE = dict(model_type="deepseek_v2", hidden_size=32, intermediate_size=48, num_hidden_layers=3, n_routed_experts=12,
+                       num_experts_per_tok=3, moe_intermediate_size=20, n_shared_experts=2, first_k_dense_replace=1,
+                       topk_method="group_limited_greedy", n_group=4, topk_group=2, scoring_func="softmax",
+                       routed_scaling_factor=1.5, norm_topk_prob=False)   # of a config, what says something of experts
+DEEPSEEK_V3_MOE = DEEPSEEK_V2_MOE | dict(model_type="deepseek_v3", topk_method="noaux_tc", scoring_func="sigmoid",
+                                         norm_topk_prob=True, routed_scaling_factor=2.5)
 LLAMA3_ROPE = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=40)
 FAMILIES = {
@@ -56,6 +65,18 @@ FAMILIES = {
     "qwen3 with biases, windows by name": QWEN3 | dict(attention_bias=True, sliding_window=7, use_sliding_window=True,
                                                        layer_types=["sliding_attention", "full_attention"]),
 }
+EXPERTS = {
+    "mixtral": MIXTRAL,
+    "mixtral with a window, eps by default": MIXTRAL | dict(sliding_window=9, rms_norm_eps=None, num_local_experts=3),
+    "mixtral, all experts": MIXTRAL | dict(num_experts_per_tok=4),
+    "mixtral, one expert": MIXTRAL | dict(num_local_experts=1, num_experts_per_tok=1),
+    "qwen3 moe": QWEN3_MOE,
+    "qwen3 moe, not renormalised": QWEN3_MOE | dict(norm_topk_prob=False, num_experts_per_tok=1),
+    "qwen3 moe, some layers dense, biases, a window": QWEN3_MOE | dict(
+        num_hidden_layers=4, decoder_sparse_step=2, mlp_only_layers=[3], attention_bias=True, use_sliding_window=True,
+        sliding_window=11, tie_word_embeddings=True),
+    "qwen3 moe, yarn": QWEN3_MOE | dict(rope_scaling=YARN, mlp_only_layers=[0]),
+}
 CONFIGS = {"llama": LLAMA, "mistral": FAMILIES["mistral"], "gpt2": GPT2}
 
 
@@ -76,22 +97,54 @@ def gpt2_tensors(c: dict) -> dict[str, Tensor]:
 
 
 def llama_tensors(c: dict) -> dict[str, Tensor]:
-    E, I, (H, K, D) = c["hidden_size"], c["intermediate_size"], heads(c)
+    E, (H, K, D) = c["hidden_size"], heads(c)
     shapes = {"model.embed_tokens.weight": (c["vocab_size"], E), "model.norm.weight": (E,)}
     for l in range(c["num_hidden_layers"]):
         at = f"model.layers.{l}."
         shapes |= {at + "input_layernorm.weight": (E,), at + "post_attention_layernorm.weight": (E,)}
         for name, shape in {"self_attn.q_proj": (H * D, E), "self_attn.k_proj": (K * D, E), "self_attn.v_proj": (K * D, E),
-                            "self_attn.o_proj": (E, H * D), "mlp.gate_proj": (I, E), "mlp.up_proj": (I, E),
-                            "mlp.down_proj": (E, I)}.items():
+                            "self_attn.o_proj": (E, H * D), **mlp_shapes(c, l)}.items():
             shapes[f"{at}{name}.weight"] = shape
             if has_bias(c, name):
                 shapes[f"{at}{name}.bias"] = shape[:1]
-        if c["model_type"] == "qwen3":
+        if c["model_type"] in ("qwen3", "qwen3_moe"):
             shapes |= {at + "self_attn.q_norm.weight": (D,), at + "self_attn.k_norm.weight": (D,)}
     if not c.get("tie_word_embeddings"):
         shapes["lm_head.weight"] = c["vocab_size"], E
     return random_tensors(shapes)
+
+
+def mlp_shapes(c: dict, l: int) -> dict[str, tuple[int, int]]:
+    """The matrices in layer l's MLP, or of its router and experts."""
+    E, I, X = c["hidden_size"], c["intermediate_size"], experts_of(c, l)
+
+    def mlp(at, I, gate="gate_proj", up="up_proj", down="down_proj"):
+        return {f"{at}.{gate}": (I, E), f"{at}.{up}": (I, E), f"{at}.{down}": (E, I)}
+    if not X:
+        return mlp("mlp", I)
+    place, *names = expert_names(c)
+    shapes, I = {place + ".gate": (X, E)}, c.get("moe_intermediate_size", I)
+    for x in range(X):
+        shapes |= mlp(f"{place}.experts.{x}", I, *names)
+    if c.get("n_shared_experts"):
+        shapes |= mlp(place + ".shared_experts", I * c["n_shared_experts"])
+    return shapes
+
+
+def experts_of(c: dict, l: int) -> int:
+    """How many experts layer l has; 0: it has one MLP."""
+    if c["model_type"] == "mixtral":
+        return c["num_local_experts"]
+    if c["model_type"] in ("deepseek_v2", "deepseek_v3"):
+        return c["n_routed_experts"] if l >= c["first_k_dense_replace"] else 0
+    dense = c["model_type"] != "qwen3_moe" or l in (c.get("mlp_only_layers") or [])
+    return 0 if dense or (l + 1) % (c.get("decoder_sparse_step") or 1) else c["num_experts"]
+
+
+def expert_names(c: dict) -> tuple[str, str, str, str]:
+    """Where a layer's router and experts are, and an expert's gate, up and down."""
+    return (("block_sparse_moe", "w1", "w3", "w2") if c["model_type"] == "mixtral" else
+            ("mlp", "gate_proj", "up_proj", "down_proj"))
 
 
 def heads(c: dict) -> tuple[int, int, int]:
@@ -104,7 +157,7 @@ def has_bias(c: dict, name: str) -> bool:
     if c["model_type"] == "qwen2":
         return name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     if name.startswith("self_attn"):
-        return c["model_type"] in ("llama", "qwen3") and bool(c.get("attention_bias"))
+        return c["model_type"] in ("llama", "qwen3", "qwen3_moe") and bool(c.get("attention_bias"))
     return c["model_type"] == "llama" and bool(c.get("mlp_bias"))
 
 
@@ -156,7 +209,7 @@ def fp8_blocks(ignore: list[str] = ["lm_head"]) -> dict:
 
 
 def linear_layers(tensors: dict[str, Tensor]) -> list[str]:
-    return [name.removesuffix(".weight") for name in tensors if name.endswith(("_proj.weight", "lm_head.weight"))]
+    return [name.removesuffix(".weight") for name in tensors if re.search(r"(_proj|lm_head|\.w[123])\.weight$", name)]
 
 
 def in_8_bits(tensors: dict[str, Tensor], quantization: dict, but: list[str] = ["lm_head"],
@@ -190,7 +243,7 @@ def as_int8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     (embedding,) = (name for name in tensors if name.endswith(("wte.weight", "embed_tokens.weight")))
     tensors = {"lm_head.weight": tensors[embedding]} | tensors
     for name, tensor in tensors.items():
-        if re.search(r"(_proj|lm_head|c_attn|c_proj|c_fc)\.weight$", name):
+        if re.search(r"(_proj|lm_head|c_attn|c_proj|c_fc|\.w[123])\.weight$", name):
             outputs_last = ".c_" in name
             meant[name] = (int8(tensor.T).T if outputs_last else int8(tensor)).double()
             meant[name.removesuffix("weight") + "rounded"] = torch.ones(())
@@ -281,7 +334,8 @@ def plain_gpt2(c: dict, w: dict[str, Tensor], ids: list[int], kv) -> Tensor:
 def plain_frequencies(c: dict) -> list[float]:
     """RoPE's radians per position, for each pair of a head's dimensions."""
     rope, D, frequencies = c.get("rope_scaling") or c.get("rope_parameters") or {}, heads(c)[2], []
-    kind, theta = rope.get("rope_type", rope.get("type")), rope.get("rope_theta") or c.get("rope_theta") or 10000.0
+    kind, theta = rope.get("rope_type", rope.get("type")), rope.get("rope_theta") or c.get("rope_theta") or (
+        1e6 if c.get("model_type") == "mixtral" else 1e4)
     for i in range(D // 2):
         f = theta ** (-2 * i / D)
         if kind == "linear":
@@ -331,11 +385,41 @@ def plain_window(c: dict, l: int) -> int | None:
     """How many keys back a query of layer l sees, itself included; None: all."""
     if c["model_type"] == "mistral":
         return c.get("sliding_window", 4096)
+    if c["model_type"] == "mixtral":
+        return c.get("sliding_window")
+    if c["model_type"] == "qwen3_moe":
+        return c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
     if c["model_type"] == "llama" or not c.get("use_sliding_window"):
         return None
     if c.get("layer_types"):
         return c.get("sliding_window", 4096) if c["layer_types"][l] == "sliding_attention" else None
     return c.get("sliding_window", 4096) if l >= c.get("max_window_layers", 28) else None
+
+
+def plain_choice(c: dict, logits: list[float], corrections: list[float] | None = None) -> dict[int, float]:
+    """The experts that a token chooses and the weight of each, of what the router says of it. Of equals the first is chosen."""
+    X, kind, exps = len(logits), c["model_type"], [math.exp(z) for z in logits]
+    score = [e / (1 + e) for e in exps] if kind == "deepseek_v3" else [e / sum(exps) for e in exps]
+    rank, allowed = [s + b for s, b in zip(score, corrections or [0] * X)], range(X)
+    if kind == "deepseek_v3" or c.get("topk_method") == "group_limited_greedy":
+        size, best = X // c["n_group"], 2 if kind == "deepseek_v3" else 1
+        worth = {g: sum(sorted(rank[g * size:(g + 1) * size])[-best:]) for g in range(c["n_group"])}
+        groups = sorted(worth, key=lambda g: -worth[g])[:c["topk_group"]]
+        allowed = [x for x in range(X) if x // size in groups]
+    chosen = sorted(allowed, key=lambda x: -rank[x])[:c["num_experts_per_tok"]]
+    whole = sum(score[x] for x in chosen) if kind == "mixtral" or c.get("norm_topk_prob") else 1
+    return {x: score[x] / whole * c.get("routed_scaling_factor", 1.0) for x in chosen}
+
+
+def plain_mixture(c: dict, w: dict[str, Tensor], h: Tensor, at: str, mlp) -> Tensor:
+    """A token at a time, its experts one after another, and what all tokens share. mlp(h, at, gate, up, down): one MLP."""
+    (place, *names), y = expert_names(c), torch.zeros_like(h)
+    corrections = w.get(f"{at}{place}.gate.e_score_correction_bias")
+    for t in range(len(h)):
+        logits = (w[f"{at}{place}.gate.weight"] @ h[t]).tolist()
+        for x, weight in plain_choice(c, logits, None if corrections is None else corrections.tolist()).items():
+            y[t] += weight * mlp(h[t:t + 1], f"{at}{place}.experts.{x}", *names)[0]
+    return y + mlp(h, f"{at}{place}.shared_experts", *names) if c.get("n_shared_experts") else y
 
 
 def plain_llama(c: dict, w: dict[str, Tensor], ids: list[int], kv) -> Tensor:
@@ -344,7 +428,8 @@ def plain_llama(c: dict, w: dict[str, Tensor], ids: list[int], kv) -> Tensor:
     angles = torch.arange(T)[:, None] * torch.tensor(plain_frequencies(c), dtype=torch.float64)
 
     def norm(x, name):
-        return x / (x.square().mean(-1, keepdim=True) + (c.get("rms_norm_eps") or 1e-6)).sqrt() * w[name + ".weight"]
+        eps = c.get("rms_norm_eps") or (1e-5 if c["model_type"] == "mixtral" else 1e-6)
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w[name + ".weight"]
 
     def project(x, name):
         return rows_for(name, x, w) @ w[name + ".weight"].T + w.get(name + ".bias", 0)
@@ -353,16 +438,19 @@ def plain_llama(c: dict, w: dict[str, Tensor], ids: list[int], kv) -> Tensor:
         x = torch.complex(x[..., :D // 2], x[..., D // 2:]) * torch.polar(torch.ones_like(angles), angles)
         return torch.cat([x.real, x.imag], -1) * plain_attention_factor(c)
 
+    def mlp(h, at, gate="gate_proj", up="up_proj", down="down_proj"):
+        return project(act(project(h, f"{at}.{gate}")) * project(h, f"{at}.{up}"), f"{at}.{down}")
+
     x = w["embed_tokens.weight"][ids]
     for l in range(c["num_hidden_layers"]):
         at, h = f"layers.{l}.", norm(x, f"layers.{l}.input_layernorm")
         q, k, v = (project(h, f"{at}self_attn.{name}_proj").view(T, -1, D).transpose(0, 1) for name in "qkv")
-        if c["model_type"] == "qwen3":
+        if c["model_type"] in ("qwen3", "qwen3_moe"):
             q, k = norm(q, at + "self_attn.q_norm"), norm(k, at + "self_attn.k_norm")
         o = plain_attention(turn(q), kv(turn(k)), kv(v), D ** -0.5, plain_window(c, l))
         x = x + project(o.transpose(0, 1).reshape(T, -1), at + "self_attn.o_proj")
         h = norm(x, at + "post_attention_layernorm")
-        x = x + project(act(project(h, at + "mlp.gate_proj")) * project(h, at + "mlp.up_proj"), at + "mlp.down_proj")
+        x = x + (plain_mixture(c, w, h, at, mlp) if experts_of(c, l) else mlp(h, at + "mlp"))
     return project(norm(x, "norm"), "lm_head" if "lm_head.weight" in w else "embed_tokens")
 
 

@@ -33,6 +33,7 @@ import platform
 import re
 import tempfile
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -40,7 +41,7 @@ from typing import NamedTuple
 
 import torch
 
-from config import Config, read_config
+from config import Config, Experts, read_config
 from linear import DTYPES, QUANTIZATIONS, Part, linear, pack, quantize
 
 
@@ -61,6 +62,7 @@ def step_cost(c: Config, chunks: list[tuple[int, int]], itemsize: int, logits: i
     dimension and pair of a query and a key that it sees (q.k and the weighted sum of v). Norms, RoPE and softmax are
     left out: they are a few per mille. Bytes: each of these weights once, for all requests together; K and V of the
     past once, and those of new tokens written and read. Activations stay in caches. (Pope et al. 2022, section 2.)
+    A new token computes with its own experts; the bytes are those of all that are `touched`.
     """
     weights, head, logits = layer_weights(c), c.V * c.E, len(chunks) if logits is None else logits
     new, pairs, rows = sum(n for n, _ in chunks), 0, 0   # rows: of K and V of all heads
@@ -70,13 +72,13 @@ def step_cost(c: Config, chunks: list[tuple[int, int]], itemsize: int, logits: i
             n * past + n * (n + 1) // 2 for n, past in chunks)
         rows += sum(min(past, w - 1) for _, past in chunks) + 2 * new
     return Cost(2 * new * weights + 2 * logits * head + 4 * c.H * c.D * pairs,
-                weight_bytes(c, itemsize, eight_bits, bool(logits))
+                weight_bytes(c, itemsize, eight_bits, bool(logits), new)
                 + kv_bytes(c, itemsize, kv_cache_dtype) // c.L * rows)
 
 
 def in_8_bits(llm) -> bool:
     """Whether what an engine multiplies by is in memory so; on a CPU, FP8 is not."""
-    return llm.model.weights["down"][0].scale is not None
+    return llm.model.weights["out"][0].scale is not None
 
 
 def cost_of(llm, chunks: list[tuple[int, int]], logits: int | None = None) -> Cost:
@@ -84,17 +86,43 @@ def cost_of(llm, chunks: list[tuple[int, int]], logits: int | None = None) -> Co
     return step_cost(llm.config, chunks, DTYPES[llm.dtype].itemsize, logits, llm.kv_cache_dtype, in_8_bits(llm))
 
 
-def layer_weights(c: Config) -> int:
-    """Weights of all layers that take part in products: q, k, v and out; up and down, and Llama's gate."""
-    return c.L * (c.E * (c.H + 2 * c.K) * c.D + c.H * c.D * c.E + c.I * c.E * (3 if c.family == "llama" else 2))
+def touched(e: Experts, tokens: int) -> float:
+    """How many of a layer's X experts a step of so many tokens reads: X (1 - (1 - C/X)^tokens), the expected number if
+    each token chooses C of them at random. A token misses an expert with probability 1 - C/X, and it is not read if all
+    of them do. A router that prefers some experts touches fewer."""
+    return e.X * (1 - (1 - e.C / e.X) ** tokens)
 
 
-def weight_bytes(c: Config, itemsize: int, eight_bits: bool = False, head: bool = True) -> int:
+def mlp_weights(c: Config, experts: float | None = None) -> tuple[float, float, int]:
+    """Of the MLPs of all layers: the weights of their products, the rows of these, and the weights of routers, which
+    are never in 8 bits. Of a layer's experts count those that a token chooses, or as many as `experts` says."""
+    e, ups = c.experts, 1 if c.family == "gpt2" else 2   # Llama has a gate as well
+    sparse = len(e.layers) if e else 0
+    weights, rows = (c.L - sparse) * (ups + 1) * c.I * c.E, (c.L - sparse) * (ups * c.I + c.E)
+    if not e:
+        return weights, rows, 0
+    count = e.C if experts is None else experts
+    hidden, downs = count * e.I + e.shared, count + (e.shared > 0)
+    return (weights + sparse * (ups + 1) * hidden * c.E, rows + sparse * (ups * hidden + downs * c.E),
+            sparse * e.X * c.E)
+
+
+def layer_weights(c: Config, experts: float | None = None) -> float:
+    """Weights of all layers that take part in products: q, k, v and out; up and down, and Llama's gate; routers.
+    experts: as for `mlp_weights`."""
+    weights, _, routers = mlp_weights(c, experts)
+    return c.L * (c.E * (c.H + 2 * c.K) * c.D + c.H * c.D * c.E) + weights + routers
+
+
+def weight_bytes(c: Config, itemsize: int, eight_bits: bool = False, head: bool = True,
+                 tokens: int | None = None) -> float:
     """Bytes of the weights that take part in products; in 8 bits with a scale of 4 bytes per row. The embedding, of
-    which a token reads a row, and the norms do not count."""
-    numbers = layer_weights(c) + c.V * c.E * head
-    outputs = c.L * ((c.H + 2 * c.K) * c.D + 2 * c.E + c.I * (2 if c.family == "llama" else 1)) + c.V * head
-    return numbers + 4 * outputs if eight_bits else numbers * itemsize
+    which a token reads a row, and the norms do not count. Of experts count those that a step of so many tokens touches;
+    None: all."""
+    experts = None if not c.experts else c.experts.X if tokens is None else touched(c.experts, tokens)
+    numbers, (_, rows, routers) = layer_weights(c, experts) + c.V * c.E * head, mlp_weights(c, experts)
+    rows += c.L * ((c.H + 2 * c.K) * c.D + c.E) + c.V * head
+    return numbers - routers + 4 * rows + routers * itemsize if eight_bits else numbers * itemsize
 
 
 def kv_bytes(c: Config, itemsize: int, kv_cache_dtype: str = "auto") -> int:
@@ -133,9 +161,15 @@ def crossover(c: Config, ceiling: Ceiling, context: int, itemsize: int) -> str:
     one, two = (step_cost(c, [(1, context)] * B, itemsize) for B in (1, 2))
     flops, each = two.flops - one.flops, two.bytes - one.bytes        # per request
     balance = ceiling.balance
+    if c.experts:   # a larger batch touches more of them, until it touches all
+        each -= weight_bytes(c, itemsize, tokens=2) - weight_bytes(c, itemsize, tokens=1)
     if flops <= balance * each:
         return (f"compute-bound at no batch, as a request brings {flops / each:.0f} operations per byte of its K and V "
                 f"and the machine's balance is {balance:.0f}")
+    if c.experts:
+        def enough(B: int) -> bool:
+            return B * (flops - balance * each) >= balance * weight_bytes(c, itemsize, tokens=B)
+        return f"compute-bound at batch {bisect_left(range(1 << 31), True, lo=1, key=enough)}"
     # At batch B: B flops operations, and the weights and B each bytes, of which one.bytes has the weights and one each.
     return f"compute-bound at batch {balance * (one.bytes - each) / (flops - balance * each):.0f}"
 
@@ -150,7 +184,12 @@ def on_paper(c: Config, m: Ceiling, name: str, T: int) -> list[list[str]]:
     read, ops, prompt = f"{decode.bytes / G:.2f}", f"{decode.flops / G:.1f}", f"{prefill.flops / 1e12:.2f} TFLOP"
     peak, memory = f"{m.peak / 1e12:.1f} TFLOP/s", f"{m.bandwidth / 1e12:.3f} TB/s"
     step, wait, speed = f"{1e3 / tps:.2f} ms", f"{ttft * 1e3:.1f} ms", f"{T / ttft:,.0f}"
-    return [
+    rows = []
+    if e := c.experts:
+        held = layer_weights(c, e.X) + c.V * c.E
+        rows = [["weights in memory", f"with all {e.X} experts of {len(e.layers)} layers; 2 bytes each: "
+                 f"{2 * held / G:.1f} GB", f"{held / G:.2f} G"]]
+    return rows + [
         ["weights that a token meets", f"{weights / G:.3f} G in layers + V E = {c.V} x {c.E}", met],
         ["their bytes", f"2 x {met}", size],
         ["K and V per token", f"2 x L K D x 2 = 2 x {c.L} x {c.K} x {c.D} x 2", per_token],
@@ -264,6 +303,10 @@ SHAPES = {
     "llama-8b": llama(128256, 4096, 14336, 32, 32, 8, rope_theta=500000.0),
     "qwen3-0.6b": llama(151936, 1024, 3072, 28, 16, 8, model_type="qwen3", head_dim=128, tie_word_embeddings=True,
                         rope_theta=1e6),
+    "mixtral-8x7b": llama(32000, 4096, 14336, 32, 32, 8, model_type="mixtral", max_position_embeddings=32768),
+    "qwen3-30b-a3b": llama(151936, 2048, 6144, 48, 32, 4, model_type="qwen3_moe", head_dim=128, rope_theta=1e6,
+                           max_position_embeddings=40960, num_experts=128, num_experts_per_tok=8,
+                           moe_intermediate_size=768, norm_topk_prob=True),
 }
 SHAPES["llama-3-8b"] = SHAPES["llama-8b"]
 

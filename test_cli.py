@@ -359,7 +359,7 @@ def test_worked_example_in_the_docstrings_is_true():
 
 ENGINE = "paged_kv", "batch", "kernels", "model", "nanoserve"
 ON_TOP = "speculate",   # one more idea each; the loop asks them
-STANDS_ON = "device", "linear", "sampling", "config", "checkpoint", "tokenizer"
+STANDS_ON = "device", "linear", "sampling", "config", "experts", "checkpoint", "tokenizer"
 AROUND = "roofline", "watch", "cli", "bench"
 
 
