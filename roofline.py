@@ -42,6 +42,7 @@ from typing import NamedTuple
 import torch
 
 from config import Config, Experts, read_config
+from latent import widening_pays
 from linear import DTYPES, QUANTIZATIONS, Part, linear, pack, quantize
 
 
@@ -58,22 +59,30 @@ def step_cost(c: Config, chunks: list[tuple[int, int]], itemsize: int, logits: i
     """Operations and bytes of one step for requests of (new, past) tokens, of whom `logits` (None: all) want logits.
     eight_bits: each of the weights is a byte, while activations have `itemsize`.
 
-    Operations: two per weight of a layer and new token; two per weight of the head and request; four per head
-    dimension and pair of a query and a key that it sees (q.k and the weighted sum of v). Norms, RoPE and softmax are
-    left out: they are a few per mille. Bytes: each of these weights once, for all requests together; K and V of the
+    Operations: two per weight of a layer and new token; two per weight of the head and request; those of
+    `attention_flops`. Norms, RoPE and softmax are left out: they are a few per mille. Bytes: each of these weights once, for all requests together; K and V of the
     past once, and those of new tokens written and read. Activations stay in caches. (Pope et al. 2022, section 2.)
     A new token computes with its own experts; the bytes are those of all that are `touched`.
     """
     weights, head, logits = layer_weights(c), c.V * c.E, len(chunks) if logits is None else logits
-    new, pairs, rows = sum(n for n, _ in chunks), 0, 0   # rows: of K and V of all heads
+    new, attention, rows = sum(n for n, _ in chunks), 0, 0   # rows: of K and V of all heads
     for window in c.windows:   # a query sees itself and window - 1 tokens before it
-        w = window or c.context
-        pairs += sum(min(past + i + 1, w) for n, past in chunks for i in range(n)) if window else sum(
-            n * past + n * (n + 1) // 2 for n, past in chunks)
-        rows += sum(min(past, w - 1) for _, past in chunks) + 2 * new
-    return Cost(2 * new * weights + 2 * logits * head + 4 * c.H * c.D * pairs,
+        attention += sum(attention_flops(c, n, past, window) for n, past in chunks)
+        rows += sum(min(past, (window or c.context) - 1) for _, past in chunks) + 2 * new
+    return Cost(2 * new * weights + 2 * logits * head + attention,
                 weight_bytes(c, itemsize, eight_bits, bool(logits), new)
                 + kv_bytes(c, itemsize, kv_cache_dtype) // c.L * rows)
+
+
+def attention_flops(c: Config, n: int, past: int, window: int | None = None) -> int:
+    """Operations of a layer's attention for a chunk of n tokens: four per head dimension and pair of a query and a key
+    that it sees (q.k and the weighted sum of v); for latents as latent.py counts them."""
+    pairs = sum(min(past + i + 1, window) for i in range(n)) if window else n * past + n * (n + 1) // 2
+    if not (m := c.latent):
+        return 4 * c.H * c.D * pairs
+    if widening_pays(n, past, m):
+        return 2 * c.H * ((m.plain + m.rotary + m.value) * pairs + m.rank * (m.plain + m.value) * past)
+    return 2 * c.H * (2 * m.rank + m.rotary) * pairs
 
 
 def in_8_bits(llm) -> bool:
@@ -91,6 +100,16 @@ def touched(e: Experts, tokens: int) -> float:
     each token chooses C of them at random. A token misses an expert with probability 1 - C/X, and it is not read if all
     of them do. A router that prefers some experts touches fewer."""
     return e.X * (1 - (1 - e.C / e.X) ** tokens)
+
+
+def attention_weights(c: Config) -> tuple[int, int, int]:
+    """Of a layer's attention: the weights of its products, their rows, and the weights that are never in 8 bits, those
+    that widen latents."""
+    if not (m := c.latent):
+        return c.E * (c.H + 2 * c.K) * c.D + c.H * c.D * c.E, (c.H + 2 * c.K) * c.D + c.E, 0
+    queries, q, widen = c.H * (m.plain + m.rotary), m.q_rank or 0, c.H * (m.plain + m.value) * m.rank
+    down = q + c.D if q else queries + c.D   # what the first product gives
+    return c.E * down + queries * q + widen + c.H * m.value * c.E, down + queries * (q > 0) + c.E, widen
 
 
 def mlp_weights(c: Config, experts: float | None = None) -> tuple[float, float, int]:
@@ -111,7 +130,7 @@ def layer_weights(c: Config, experts: float | None = None) -> float:
     """Weights of all layers that take part in products: q, k, v and out; up and down, and Llama's gate; routers.
     experts: as for `mlp_weights`."""
     weights, _, routers = mlp_weights(c, experts)
-    return c.L * (c.E * (c.H + 2 * c.K) * c.D + c.H * c.D * c.E) + weights + routers
+    return c.L * attention_weights(c)[0] + weights + routers
 
 
 def weight_bytes(c: Config, itemsize: int, eight_bits: bool = False, head: bool = True,
@@ -121,13 +140,14 @@ def weight_bytes(c: Config, itemsize: int, eight_bits: bool = False, head: bool 
     None: all."""
     experts = None if not c.experts else c.experts.X if tokens is None else touched(c.experts, tokens)
     numbers, (_, rows, routers) = layer_weights(c, experts) + c.V * c.E * head, mlp_weights(c, experts)
-    rows += c.L * ((c.H + 2 * c.K) * c.D + c.E) + c.V * head
-    return numbers - routers + 4 * rows + routers * itemsize if eight_bits else numbers * itemsize
+    _, outputs, widen = attention_weights(c)
+    rows, floats = rows + c.L * outputs + c.V * head, routers + c.L * widen
+    return numbers - floats + 4 * rows + floats * itemsize if eight_bits else numbers * itemsize
 
 
 def kv_bytes(c: Config, itemsize: int, kv_cache_dtype: str = "auto") -> int:
-    """Bytes of K and V per token of context; in INT8 with a scale of 4 bytes per head."""
-    return 2 * c.L * c.K * (c.D + 4 if kv_cache_dtype == "int8" else c.D * itemsize)
+    """Bytes of K and V per token of context, or of the latents; in INT8 with a scale of 4 bytes per head."""
+    return (1 if c.latent else 2) * c.L * c.K * (c.D + 4 if kv_cache_dtype == "int8" else c.D * itemsize)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -189,18 +209,30 @@ def on_paper(c: Config, m: Ceiling, name: str, T: int) -> list[list[str]]:
         held = layer_weights(c, e.X) + c.V * c.E
         rows = [["weights in memory", f"with all {e.X} experts of {len(e.layers)} layers; 2 bytes each: "
                  f"{2 * held / G:.1f} GB", f"{held / G:.2f} G"]]
+    if a := c.latent:   # all letters but these are those of the shape suffixes
+        letters, sizes = f"Z = {a.rank}, U = {a.plain}, P = {a.rotary}, W = {a.value}", a.plain + a.rotary + a.value
+        pair, prompt_pair = "2 L H (2 Z + P)", "L H (U + P + W)"
+        keys = [["latents per token", f"L (Z + P) x 2 = {c.L} x {c.D} x 2; {letters}", per_token],
+                ["K and V of all heads instead", f"L H (U + P + W) x 2 = {c.L} x {c.H} x {sizes} x 2",
+                 f"{c.L * c.H * sizes / 512:.0f} KiB"]]
+    else:
+        pair, prompt_pair = "4 L H D", "2 L H D"
+        keys = [["K and V per token", f"2 x L K D x 2 = 2 x {c.L} x {c.K} x {c.D} x 2", per_token],
+                ["the same without GQA", f"2 x L H D x 2 = 2 x {c.L} x {c.H} x {c.D} x 2",
+                 f"{kv * c.H // c.K / 1024:.0f} KiB"]]
+    key_flops = attention_flops(c, 1, T) - attention_flops(c, 1, T - 1)
     return rows + [
         ["weights that a token meets", f"{weights / G:.3f} G in layers + V E = {c.V} x {c.E}", met],
         ["their bytes", f"2 x {met}", size],
-        ["K and V per token", f"2 x L K D x 2 = 2 x {c.L} x {c.K} x {c.D} x 2", per_token],
-        ["the same without GQA", f"2 x L H D x 2 = 2 x {c.L} x {c.H} x {c.D} x 2", f"{kv * c.H // c.K / 1024:.0f} KiB"],
+        *keys,
         [f"bytes of a decode step at {T}", f"{size} + {T} x {per_token}", f"{read} GB"],
-        ["its operations", f"2 x {met} + 4 L H D x {T}", f"{ops} GFLOP"],
+        ["its operations", f"2 x {met} + {pair} x {T}", f"{ops} GFLOP"],
         ["its intensity", f"{ops} / {read}", f"{decode.flops / decode.bytes:.2f} FLOP/B"],
+        ["attention's own intensity", f"{pair} / {per_token}", f"{c.L * key_flops / kv:.0f} FLOP/B"],
         [f"balance of {name}", f"{peak} / {memory}", f"{m.balance:.0f} FLOP/B"],
         ["its least time", f"{read} GB / {memory}" if m.verdict(decode) == "memory" else f"{ops} GFLOP / {peak}", step],
         ["bound on TPS at batch 1", f"1 / {step}", f"{tps:.0f} tokens/s"],
-        [f"operations of a prompt of {T}", f"2 x {weights / G:.2f} G x {T} + 2 V E + 2 L H D x {T} x {T + 1}", prompt],
+        [f"operations of a prompt of {T}", f"2 x {weights / G:.2f} G x {T} + 2 V E + {prompt_pair} x {T} x {T + 1}", prompt],
         ["bound on its TTFT", f"{prompt} / {peak}" if m.verdict(prefill) == "compute" else
          f"{prefill.bytes / G:.2f} GB / {memory}", wait],
         ["prefill tokens/s", f"{T} / {wait}", speed],
@@ -308,6 +340,17 @@ SHAPES = {
                            max_position_embeddings=40960, num_experts=128, num_experts_per_tok=8,
                            moe_intermediate_size=768, norm_topk_prob=True),
 }
+YARN = dict(type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1)
+SHAPES["deepseek-v2-lite"] = llama(
+    102400, 2048, 10944, 27, 16, 16, model_type="deepseek_v2", kv_lora_rank=512, q_lora_rank=None, qk_rope_head_dim=64,
+    qk_nope_head_dim=128, v_head_dim=128, n_routed_experts=64, num_experts_per_tok=6, n_shared_experts=2,
+    moe_intermediate_size=1408, first_k_dense_replace=1, topk_method="greedy", max_position_embeddings=163840,
+    rope_scaling=YARN | dict(mscale=0.707, mscale_all_dim=0.707))
+SHAPES["deepseek-v3"] = llama(
+    129280, 7168, 18432, 61, 128, 128, model_type="deepseek_v3", kv_lora_rank=512, q_lora_rank=1536, qk_rope_head_dim=64,
+    qk_nope_head_dim=128, v_head_dim=128, n_routed_experts=256, num_experts_per_tok=8, n_shared_experts=1,
+    moe_intermediate_size=2048, first_k_dense_replace=3, n_group=8, topk_group=4, routed_scaling_factor=2.5,
+    max_position_embeddings=163840, rope_scaling=YARN | dict(mscale=1.0, mscale_all_dim=1.0))
 SHAPES["llama-3-8b"] = SHAPES["llama-8b"]
 
 

@@ -23,7 +23,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 import kernels
-from batch import SHORT, Chunk, make_batch
+import latent
+from batch import SHORT, Batch, Chunk, make_batch
 from linear import DTYPES
 from nanoserve import LLM, Request
 from roofline import cost_of, measured_ceiling
@@ -277,6 +278,9 @@ def describe_attention(llm: LLM, chunks: list[Chunk]) -> Iterator[str]:
     """Which calls or launches serve a step's chunks in a layer, and why these; for each window that layers have."""
     c, pool, device, dtype, G = llm.config, llm.pool, llm.device, DTYPES[llm.dtype], llm.config.H // llm.config.K
     batch = make_batch(chunks, pool.block_size, device, pool.block_tables_UM)
+    if c.latent:
+        yield from describe_latents(llm, batch)
+        return
     windows = list(dict.fromkeys(c.windows))
     for window in windows:
         layers = [l for l in range(c.L) if c.windows[l] == window]
@@ -311,3 +315,18 @@ def describe_attention(llm: LLM, chunks: list[Chunk]) -> Iterator[str]:
                 rows, tiles = options["ROWS"], len(kernels.cut_prompts(batch, options["ROWS"] // G))
                 yield (f"{of}prefill kernel: {tiles} tiles of {rows} rows ({rows // G} tokens x {G} query heads) x "
                        f"{c.K} KV heads, each over tiles of {options['TILE']} keys")
+
+
+def describe_latents(llm: LLM, batch: Batch) -> Iterator[str]:
+    """Which chunks absorb what would widen their keys, and which do not."""
+    c, m = llm.config, llm.config.latent
+    key_bytes = m.rotary + m.rank + 4 if llm.kv_cache_dtype == "int8" else c.D * DTYPES[llm.dtype].itemsize
+    for way in latent.plan(batch, llm.pool.block_size, m):
+        count = f"{len(way.batch.chunks)} chunk{'s' * (len(way.batch.chunks) > 1)}"
+        if way.slots_L is None:
+            yield (f"{llm.model.backend}, absorbed: {count} of {len(way.batch.positions_T)} tokens, {c.H} query rows each "
+                   f"against latents of {c.D} numbers, {2 * c.H * (2 * m.rank + m.rotary) / key_bytes:.0f} operations per "
+                   "byte of a key that one token reads")
+        else:
+            yield (f"{llm.model.backend}, widened: {count} of {len(way.batch.positions_T)} tokens, {c.H} heads with K of "
+                   f"{m.plain + m.rotary} and V of {m.value} numbers, made of the latents of {sum(way.batch.lens)} keys")
