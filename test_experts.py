@@ -78,9 +78,8 @@ def test_of_equal_groups_and_equal_experts_the_first_are_chosen():
         _, e = deepseek({}, v3)
         _, expert_TC = choose(torch.zeros(1, e.X), torch.zeros(e.X) if v3 else None, e)
         assert expert_TC.tolist() == [[0, 1, 2]]
-        logits = torch.tensor([[0, 0, 0, 5, 5, 0, 5, 5, 0, 0, 5, 5]]).float()   # three equal groups
-        _, expert_TC = choose(logits, torch.zeros(e.X) if v3 else None, e)
-        assert expert_TC.tolist() == [[3, 4, 6 if v3 else 4]] if False else expert_TC.tolist()[0][0] == 3
+        logits = torch.tensor([[0, 0, 0, 5, 5, 0, 5, 5, 0, 5, 5, 0]]).float()   # three equal groups, of which two are chosen
+        assert choose(logits, torch.zeros(e.X) if v3 else None, e)[1].tolist() == [[3, 4, 6]]
 
 
 def test_a_group_is_as_good_as_its_best_expert_or_its_two_best():
@@ -152,15 +151,14 @@ def test_each_expert_multiplies_its_own_rows(poisoned, visits, kind, out, inputs
 
 @needs_triton
 @settings(max_examples=40)
-@given(visits=visits, kind=st.sampled_from(list(KINDS)), out=st.sampled_from([1, 40, 70, 130]),
-       inputs=st.sampled_from([1, 7, 32, 130, 300]), shared=st.booleans(), copies=st.sampled_from([1, 1, 20]),
-       dtype=st.sampled_from([torch.float32, torch.float16]), seed=st.integers(0, 99))
-@example(visits=(3, [[1, 1]] * 20), kind="float32", out=130, inputs=32, shared=True, copies=20, dtype=torch.float32, seed=0)
-@example(visits=(9, [[8]]), kind="float32", out=5, inputs=7, shared=False, copies=1, dtype=torch.float16, seed=0)
-@example(visits=(3, [[1, 0, 1]] * 6), kind="fp8 blocks", out=70, inputs=300, shared=True, copies=20, dtype=torch.float16, seed=0)
-def test_the_grouped_kernel_is_the_definition(poisoned, visits, kind, out, inputs, shared, copies, dtype, seed):
+@given(visits=visits, kind=st.sampled_from(list(KINDS)), out=st.sampled_from([1, 40, 70]), inputs=st.sampled_from([7, 32, 130, 272]),
+       shared=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float16]), seed=st.integers(0, 99))
+@example(visits=(3, [[1, 1]] * 40), kind="float32", out=130, inputs=32, shared=True, dtype=torch.float16, seed=0)   # large tiles
+@example(visits=(9, [[8]]), kind="float32", out=5, inputs=7, shared=False, dtype=torch.float16, seed=0)
+@example(visits=(3, [[1, 0, 1]] * 30), kind="fp8 blocks", out=70, inputs=272, shared=True, dtype=torch.float16, seed=0)
+@example(visits=(2, [[1, 0]] * 70), kind="int8", out=70, inputs=144, shared=False, dtype=torch.float32, seed=0)
+def test_the_grouped_kernel_is_the_definition(poisoned, visits, kind, out, inputs, shared, dtype, seed):
     (X, choices), rng = visits, np.random.default_rng(seed)
-    choices = choices * copies   # more rows than a small tile has
     part, meant = stacked(rng, X, out, inputs, kind)
     if kind == "float32":
         part = Part(part.weight.to(dtype))
@@ -173,11 +171,13 @@ def test_the_grouped_kernel_is_the_definition(poisoned, visits, kind, out, input
     if kind == "float32":
         products = [(x.double() @ m.T, x.double().abs() @ m.abs().T) for m in meant]
     else:
-        rows = quantized(x, KINDS[kind], G)
-        products = [multiplied(*rows, Part(w, None, s)) for w, s in zip(part.weight.cpu().chunk(X), part.scale.cpu().chunk(X))]
+        q, scale = quantized(x, KINDS[kind], G)
+        each = list(zip(part.weight.cpu().float().chunk(X), part.scale.cpu().chunk(X)))
+        products = [(multiplied(q.float(), scale, Part(w, None, s))[0], multiplied(q.float().abs(), scale, Part(w.abs(), None, s))[0])
+                    for w, s in each]   # and what the terms amount to
     for r, e in enumerate(flat):
         expected, size = (both[r // C if shared else r] for both in products[e])
-        assert ((y[r].cpu().double() - expected).abs() <= 1e-5 * size + 2 * rounding(expected, dtype)).all(), (r, e)
+        assert ((y[r].cpu().double() - expected).abs() <= 2e-6 * size + 2 * rounding(expected, dtype)).all(), (r, e)
 
 
 @needs_triton
@@ -314,7 +314,7 @@ def test_tokens_do_not_depend_on_who_else_has_the_same_experts(alone, name, opti
 
 
 @needs_triton
-@settings(max_examples=3 if DEVICE == "cpu" else 20)
+@settings(max_examples=1 if DEVICE == "cpu" else 20)
 @given(options=engine_options, spare=st.integers(0, 6), arrivals=arrivals, hopeful=st.booleans())
 def test_nor_do_they_where_one_launch_serves_all_experts(alone, options, spare, arrivals, hopeful):
     with pytest.MonkeyPatch.context() as patch:
@@ -336,7 +336,8 @@ def test_int8_experts_give_the_logits_of_int8_experts(folders):
 @pytest.mark.parametrize("base", [MIXTRAL, QWEN3_MOE])
 @pytest.mark.parametrize("said", [fp8_blocks(), compressed_tensors("float"), compressed_tensors("int")])
 def test_experts_stored_in_8_bits_give_the_logits_of_what_they_stand_for(tmp_path, base, said):
-    said_of_model = base | dict(hidden_size=148, head_dim=16, intermediate_size=200, moe_intermediate_size=140)
+    inner = dict(intermediate_size=140) if base is MIXTRAL else dict(moe_intermediate_size=140)
+    said_of_model = base | dict(hidden_size=148, head_dim=16) | inner
     stored, ids = in_8_bits(tensors_of(said_of_model), said), list(range(40))
     write_checkpoint(tmp_path, said_of_model | dict(quantization_config=said), stored)
     expected = plain(said_of_model, dequantised(stored), ids)
