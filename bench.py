@@ -1017,7 +1017,7 @@ def launch_experts(kind: str, rows: int, X: int = 8, out: int = 256, inputs: int
         torch.zeros(X * out, inputs, dtype=DTYPES[kind]))
     order_R, starts_X = experts.sort_visits(torch.arange(2 * rows).view(rows, 2) % X, X)
     dtype = torch.bfloat16 if kind in BYTES else DTYPES[kind]
-    experts.linear_experts_triton(torch.zeros(rows, inputs, dtype=dtype), part, order_R, starts_X)
+    linear.linear_experts_triton(torch.zeros(rows, inputs, dtype=dtype), part, order_R, starts_X)
 
 
 def show_compiled():

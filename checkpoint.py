@@ -27,8 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from config import Config, Fields
-from experts import pack_experts
-from linear import GROUP, Part, has_kernels, pack, quantize, widen
+from linear import GROUP, Part, has_kernels, pack, pack_experts, quantize, widen
 
 
 # ---------------------------------------------------------------------------------------------

@@ -77,6 +77,35 @@ def pack(part: Part, dtype: torch.dtype) -> Part:
 
 
 # ---------------------------------------------------------------------------------------------
+# Experts: many weights, each of which multiplies rows of its own (experts.py)
+
+def pack_experts(part: Part, X: int, dtype: torch.dtype) -> Part | list[Part]:
+    """X weights that are stacked along their rows. A GPU multiplies by them in one launch, and they stay together;
+    elsewhere each is packed for itself."""
+    if has_kernels(part.weight.device):
+        return part
+    scales = [None] * X if part.scale is None else part.scale.chunk(X)
+    return [pack(Part(weight, None, scale), dtype) for weight, scale in zip(part.weight.chunk(X), scales)]
+
+
+def linear_experts(x_NE: Tensor, experts: Part | list[Part], order_R: Tensor, starts_X: Tensor) -> Tensor:
+    """Row r of the result, [R, out], is x W^T with the weight of visit r's expert.
+
+    x has a row per visit, or one that a token's visits share: visit r multiplies row r // (R // N). Each expert
+    multiplies all of its rows at once. On a GPU all of them do so in one launch, and nothing waits for the GPU, so a
+    graph can record it.
+    """
+    if isinstance(experts, Part):
+        return linear_experts_triton(x_NE, experts, order_R, starts_X)
+    share, starts, found = len(order_R) // len(x_NE), starts_X.tolist(), []
+    for part, begin, end in zip(experts, starts, starts[1:]):
+        if begin < end:
+            found.append(linear(x_NE[order_R[begin:end] // share], part))
+    y_RF = torch.cat(found)   # in the order of the experts
+    return torch.empty_like(y_RF).index_copy_(0, order_R, y_RF)
+
+
+# ---------------------------------------------------------------------------------------------
 # 8 bits
 
 QUANTIZATIONS = {"int8": (torch.int8, 127), "fp8": (torch.float8_e4m3fn, 448)}   # the type, its largest number
@@ -364,3 +393,88 @@ def _scale_kernel(sums_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, T, OUT, R
     at_FR = row_R.to(tl.int64)[None, :] * OUT + out_F[:, None]
     sums_FR = tl.load(sums_ptr + at_FR, mask=(row_R < T)[None, :] & (out_F < OUT)[:, None], other=0)
     _finish(sums_FR, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, out_F, row_R, T, OUT, False)
+
+
+def linear_experts_triton(x_NE: Tensor, part: Part, order_R: Tensor, starts_X: Tensor) -> Tensor:
+    """`linear_experts` for weights stacked along their rows, of any type. x is contiguous.
+
+    The number of programs depends on the shapes alone: R rows of m experts that have any fill (R - m) // ROWS + m tiles
+    at most. Each program finds out whose rows its tile has, and those that are left over have none.
+    """
+    load_triton()
+    (N, E), R, X, scale = x_NE.shape, len(order_R), len(starts_X) - 1, part.scale
+    out, G = len(part.weight) // X, 1 if scale is None else scale.shape[1]
+    x, x_scale_NG, weight = x_NE, None, part.weight
+    if scale is not None:
+        x, x_scale_NG = quantize_rows_triton(x_NE, weight.dtype, G)
+        x, weight = x.view(torch.int8), weight.view(torch.int8)
+    y_RF = torch.empty(R, out, dtype=x_NE.dtype, device=x_NE.device)
+    options = tile_options(R / X, E, part.weight.dtype)
+    tiles = (R - min(R, X)) // options["ROWS"] + min(R, X)
+    _experts_kernel[(triton.cdiv(out, options["TILE"]), tiles)](
+        x, x_scale_NG, weight, scale, y_RF, order_R, starts_X, N, E, out, G, X, R // N,
+        EXPERTS=triton.next_power_of_2(X), GROUPED=G > 1, INT8=part.weight.dtype == torch.int8,
+        FP8=part.weight.dtype == torch.float8_e4m3fn, **options)
+    return y_RF
+
+
+def tile_options(rows: float, E: int, dtype: torch.dtype) -> dict:
+    """Tile and launch shape for weights of a dtype, E columns, and so many rows per expert on average: with few, reading
+    the weights takes the time. Registers bound a tile, and with these none spills on sm_80, 90 and 100: float32, which
+    no matrix unit multiplies exactly; rows that begin anywhere, so that each number is loaded for itself; and many rows
+    in FP8, which is widened."""
+    if dtype == torch.float32:
+        return dict(ROWS=16, TILE=64, GROUP=32, num_warps=4, num_stages=2)
+    columns = GROUP if dtype.itemsize == 1 else 64
+    if E % 16:
+        return dict(ROWS=16, TILE=16, GROUP=columns, num_warps=4, num_stages=2)
+    if rows <= 16:
+        return dict(ROWS=16, TILE=64, GROUP=columns, num_warps=4, num_stages=4)
+    tile = 64 if dtype == torch.float8_e4m3fn else 128
+    return dict(ROWS=64, TILE=tile, GROUP=columns, num_warps=8, num_stages=3)
+
+
+@jit
+def _experts_kernel(x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, y_ptr, order_ptr, starts_ptr, N, E, OUT, G, X, SHARE,
+                    EXPERTS: tl.constexpr, GROUP: tl.constexpr, GROUPED: tl.constexpr, INT8: tl.constexpr,
+                    FP8: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """TILE outputs of up to ROWS rows of one expert.
+
+    Cost and bound: those of `_product_kernel`, for each expert that has rows. With few rows for each that is the time
+    of reading these experts. Loses where an expert has a few rows only and the batch is large: its tile of ROWS is
+    mostly empty, and the matrix units compute it all the same.
+    """
+    expert_X, tile = tl.arange(0, EXPERTS), tl.program_id(1)
+    start_X = tl.load(starts_ptr + expert_X, mask=expert_X < X, other=0).to(tl.int32)
+    end_X = tl.load(starts_ptr + expert_X + 1, mask=expert_X < X, other=0).to(tl.int32)
+    tiles_X = (end_X - start_X + ROWS - 1) // ROWS
+    before_X = tl.cumsum(tiles_X, 0) - tiles_X   # tiles of the experts before
+    mine_X = (tile >= before_X) & (tile < before_X + tiles_X)   # one, or none for a tile that is left over
+    expert = tl.sum(tl.where(mine_X, expert_X, 0)).to(tl.int64)
+    begin_row = tl.sum(tl.where(mine_X, start_X + (tile - before_X) * ROWS, 0))
+    end_row = tl.sum(tl.where(mine_X, end_X, 0))
+    if begin_row < end_row:
+        out_F = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        place_R = begin_row + tl.arange(0, ROWS)
+        there_R = place_R < end_row
+        visit_R = tl.load(order_ptr + place_R, mask=there_R, other=0)
+        row_R = tl.where(there_R, visit_R // SHARE, N)   # row N is beyond the end of x
+        w_ptr += expert * OUT * E
+        EXACT: tl.constexpr = tl.int32 if INT8 else tl.float32
+        sums = tl.zeros([TILE, ROWS], tl.float32 if GROUPED else EXACT)
+        for begin in range(0, E, GROUP):
+            w = _load_bytes(w_ptr, out_F, OUT, begin, E, GROUP, 1, FP8)
+            x = tl.trans(_load_bytes(x_ptr, row_R, N, begin, E, GROUP, 1, FP8))
+            if GROUPED:
+                w_scale = _load_scales(w_scale_ptr + expert * OUT * G, out_F, OUT, begin, G, GROUP, 1)[:, None]
+                x_scale = _load_scales(x_scale_ptr, row_R, N, begin, G, GROUP, 1)[None, :]
+                sums += tl.dot(w, x, out_dtype=EXACT).to(tl.float32) * w_scale * x_scale
+            else:
+                sums = tl.dot(w, x, sums, input_precision="ieee", out_dtype=EXACT)
+        y_FR = sums.to(tl.float32)
+        if w_scale_ptr is not None:
+            if not GROUPED:
+                y_FR *= tl.load(x_scale_ptr + row_R, mask=there_R, other=0.0)[None, :]
+                y_FR *= tl.load(w_scale_ptr + expert * OUT + out_F, mask=out_F < OUT, other=0.0)[:, None]
+        at_FR = visit_R.to(tl.int64)[None, :] * OUT + out_F[:, None]
+        tl.store(y_ptr + at_FR, y_FR.to(y_ptr.dtype.element_ty), mask=there_R[None, :] & (out_F < OUT)[:, None])

@@ -364,10 +364,10 @@ def test_loading_needs_little_more_memory_than_one_copy_of_the_weights(tmp_path)
     write_checkpoint(tmp_path, config, llama_tensors(config))
     weights = (tmp_path / "model.safetensors").stat().st_size
     code = f"""
-from pathlib import Path; import torch, checkpoint
+from pathlib import Path; import torch, checkpoint, config
 def peak():   # of this process: getrusage also counts the one that started it
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-c, before = read_config(Path({str(tmp_path)!r})), peak()
+c, before = config.read_config(Path({str(tmp_path)!r})), peak()
 weights = checkpoint.load_weights(Path({str(tmp_path)!r}), c, torch.device("cpu"), torch.float32)
 print(peak() - before)"""
     # glibc shall give back what is freed: what its heap keeps is no memory of ours.
