@@ -304,64 +304,76 @@ def read_experts(raw: Fields, model_type: str, L: int) -> Experts | None:
     return e if e.layers else None
 
 
-def read_deepseek_experts(raw: Fields, v3: bool, L: int) -> Experts:
-    """DeepSeek-V2 (2024, section 2.1.2) and DeepSeek-V3 (2024, section 2.1.2), each with one kind of scores."""
-    method, scoring = ("noaux_tc", "sigmoid") if v3 else (raw.get("topk_method", "greedy"), "softmax")
-    methods = ("noaux_tc",) if v3 else ("greedy", "group_limited_greedy")
-    # DeepSeek's code of V2 normalises without the factor, transformers with the factor and not at all: nobody can say.
-    normal = (True, False, None) if v3 else (False, None)
-    for key, good in dict(topk_method=(*methods, None), scoring_func=(scoring, None), moe_layer_freq=(1, None),
-                          norm_topk_prob=normal).items():
-        if raw.values.get(key) not in good:
-            raise ValueError(f"{raw.path}: {key!r} is {str(raw.values[key])[:50]!r}, which is not supported here: "
-                             f"only {' or '.join(json.dumps(value) for value in good if value is not None)} is")
-    dense, shared = (raw.values.get(key, default) or 0 for key, default in (
-        ("first_k_dense_replace", 3 if v3 else 0), ("n_shared_experts", 1 if v3 else 2)))   # either may be 0
-    if type(dense) is not int or type(shared) is not int or dense < 0 or shared < 0:
-        raise ValueError(f"{raw.path}: 'first_k_dense_replace' and 'n_shared_experts' are {str(dense)[:50]!r} and "
-                         f"{str(shared)[:50]!r}, not whole numbers from 0")
-    groups, top = (1, 1) if method == "greedy" else (raw.get("n_group", 8 if v3 else 1),
-                                                     raw.get("topk_group", 4 if v3 else 1))
-    I = raw.get("moe_intermediate_size", 2048 if v3 else 1407)
-    e = Experts(layers=set(range(dense, L)), X=raw.get("n_routed_experts", 256 if v3 else 64),
-                C=raw.get("num_experts_per_tok", 8) if v3 else raw.need("num_experts_per_tok"), I=I,
-                names=("mlp", "gate_proj", "up_proj", "down_proj"), scoring=scoring, corrected=v3, groups=groups,
-                top_groups=top, ranked_by=2 if v3 else 1, normalised=raw.get("norm_topk_prob", v3), shared=shared * I,
-                factor=raw.get("routed_scaling_factor", 2.5 if v3 else 1.0), precise=True)
-    if e.X % groups or top > groups or e.X // groups < e.ranked_by or e.C > e.X // groups * top:
-        raise ValueError(f"{raw.path}: {e.X} experts in 'n_group' {groups} groups, of which 'topk_group' {top} are "
-                         f"chosen, do not give each token 'num_experts_per_tok' {e.C} experts of groups of equal size")
-    return e
+# What DeepSeek-V3's config leaves out, and where the others differ from it: as in transformers.
+DEEPSEEK = dict(max_position_embeddings=4096, rms_norm_eps=1e-6, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
+                qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=3, n_routed_experts=256, n_shared_experts=1,
+                num_experts_per_tok=8, moe_intermediate_size=2048, n_group=8, topk_group=4, topk_method="noaux_tc",
+                norm_topk_prob=True, routed_scaling_factor=2.5, scoring_func="sigmoid")
+DIFFERENT = {
+    "deepseek_v2": dict(max_position_embeddings=2048, first_k_dense_replace=0, n_routed_experts=64, n_shared_experts=2,
+                        num_experts_per_tok=None, moe_intermediate_size=1407, topk_method="greedy", norm_topk_prob=False,
+                        routed_scaling_factor=1.0, scoring_func="softmax"),
+    "glm4_moe_lite": dict(max_position_embeddings=202752, rms_norm_eps=1e-5, q_lora_rank=768, qk_nope_head_dim=192,
+                          v_head_dim=256, first_k_dense_replace=1, n_routed_experts=64, num_experts_per_tok=4,
+                          moe_intermediate_size=1536, n_group=1, topk_group=1, routed_scaling_factor=1.8),
+    "youtu": dict(max_position_embeddings=131072, tie_word_embeddings=True),
+}
 
 
 def read_deepseek_config(raw: Fields, model_type: str, common: dict) -> Config:
-    """Latent attention; what a config leaves out is what transformers takes for it."""
-    H, L = raw.need("num_attention_heads"), raw.need("num_hidden_layers")
-    P, factor, q_rank = raw.get("qk_rope_head_dim", 64), 1.0, None
-    if raw.values.get("q_lora_rank", 0) is not None:   # null: there is none, where elsewhere it is the default
-        q_rank = raw.get("q_lora_rank", 768 if model_type == "glm4_moe_lite" else 1536)
-    m = Latent(raw.get("kv_lora_rank", 512), raw.get("qk_nope_head_dim", 192 if model_type == "glm4_moe_lite" else 128), P,
-               raw.get("v_head_dim", 256 if model_type == "glm4_moe_lite" else 128), q_rank)
-    context = raw.get("max_position_embeddings", {
-        "deepseek_v2": 2048, "glm4_moe_lite": 202752, "youtu": 131072}.get(model_type, 4096))
-    rope = read_rope(raw, P, context)
+    """Latent attention, and experts in all but Youtu."""
+    raw = Fields(raw.path, DEEPSEEK | DIFFERENT.get(model_type, {}) | raw.values)
+    H, L, P, biased = raw.need("num_attention_heads"), raw.need("num_hidden_layers"), raw.need("qk_rope_head_dim"), set()
+    q_rank = None if raw.values["q_lora_rank"] is None else raw.need("q_lora_rank")
+    m = Latent(raw.need("kv_lora_rank"), raw.need("qk_nope_head_dim"), P, raw.need("v_head_dim"), q_rank)
+    context = raw.need("max_position_embeddings")
+    rope, scale = read_rope(raw, P, context), (m.plain + P) ** -0.5
     if rope["rope_type"] == "yarn":
         context = max(context, int(rope["factor"] * rope["original_max_position_embeddings"]))
-    if rope["rope_type"] != "default" and rope.get("mscale_all_dim") and rope["factor"] > 1:   # see `read_yarn`
-        factor += 0.1 * rope["mscale_all_dim"] * math.log(rope["factor"])
-    if raw.get("mlp_bias", False) or q_rank is None and raw.get("attention_bias", False):
+    if rope["rope_type"] != "default" and rope.get("mscale_all_dim"):   # see `read_yarn`
+        scale *= (1 + 0.1 * rope["mscale_all_dim"] * math.log(max(1, rope["factor"]))) ** 2
+    if raw.get("attention_bias", False):
+        biased = {"qkv", "out"}
+    if raw.get("mlp_bias", False) or biased and not q_rank:
         raise ValueError(f"{raw.path}: 'mlp_bias', and 'attention_bias' without 'q_lora_rank', are not supported: "
                          "no known checkpoint has them")
     return Config(
         family="deepseek", L=L, E=raw.need("hidden_size"), H=H, K=1, D=m.rank + P, I=raw.need("intermediate_size"),
-        V=raw.need("vocab_size"), activation=raw.get("hidden_act", "silu"),
-        eps=raw.get("rms_norm_eps", 1e-5 if model_type == "glm4_moe_lite" else 1e-6), context=context,
-        biased={"qkv", "out"} if raw.get("attention_bias", False) else set(), qk_norm=False,
-        tied=raw.get("tie_word_embeddings", model_type == "youtu"),
-        scales=[(m.plain + P) ** -0.5 * factor ** 2] * L, windows=[None] * L, rope=rope, latent=m,
-        experts=read_experts(raw, model_type, L),
+        V=raw.need("vocab_size"), activation=raw.get("hidden_act", "silu"), eps=raw.need("rms_norm_eps", float),
+        context=context, biased=biased, qk_norm=False, tied=raw.get("tie_word_embeddings", False), scales=[scale] * L,
+        windows=[None] * L, rope=rope, experts=read_experts(raw, model_type, L), latent=m,
         interleaved=model_type == "deepseek_v2" or raw.get("rope_interleave", True),
         extra_layers=raw.get("num_nextn_predict_layers", 0), **common)
+
+
+def read_deepseek_experts(raw: Fields, v3: bool, L: int) -> Experts:
+    """DeepSeek-V2 (2024, section 2.1.2) and DeepSeek-V3 (2024, section 2.1.2), each with one kind of scores."""
+    # DeepSeek's code of V2 normalises without the factor, transformers with the factor and not at all: nobody can say.
+    supported = dict(topk_method=("noaux_tc",), scoring_func=("sigmoid",), norm_topk_prob=(True, False)) if v3 else dict(
+        topk_method=("greedy", "group_limited_greedy"), scoring_func=("softmax",), norm_topk_prob=(False,))
+    for key, good in (supported | {"moe_layer_freq": (1,)}).items():
+        if raw.values.get(key) not in (*good, None):
+            raise ValueError(f"{raw.path}: {key!r} is {str(raw.values[key])[:50]!r}, which is not supported here: "
+                             f"only {' or '.join(map(json.dumps, good))} is")
+    dense, shared = (raw.values.get(key) or 0 for key in ("first_k_dense_replace", "n_shared_experts"))
+    if type(dense) is not int or type(shared) is not int or dense < 0 or shared < 0:
+        raise ValueError(f"{raw.path}: 'first_k_dense_replace' and 'n_shared_experts' are {str(dense)[:50]!r} and "
+                         f"{str(shared)[:50]!r}, not whole numbers from 0")
+    kinds = raw.get("mlp_layer_types", ["dense"] * dense + ["sparse"] * (L - dense))   # GLM's way to say it
+    if len(kinds) < L or not all(kind in ("dense", "sparse") for kind in kinds):
+        raise ValueError(f"{raw.path}: 'mlp_layer_types' is {str(kinds)[:50]}, not dense or sparse for each of {L} layers")
+    I, (groups, top) = raw.need("moe_intermediate_size"), (1, 1)
+    if raw.get("topk_method", "greedy") != "greedy" or v3:
+        groups, top = raw.need("n_group"), raw.need("topk_group")
+    e = Experts(layers={l for l in range(L) if kinds[l] == "sparse"}, X=raw.need("n_routed_experts"),
+                C=raw.need("num_experts_per_tok"), I=I, names=("mlp", "gate_proj", "up_proj", "down_proj"),
+                scoring="sigmoid" if v3 else "softmax", corrected=v3, groups=groups, top_groups=top,
+                ranked_by=2 if v3 else 1, normalised=raw.get("norm_topk_prob", v3), shared=shared * I,
+                factor=raw.need("routed_scaling_factor", float), precise=True)
+    if e.X % groups or top > groups or e.X // groups < e.ranked_by or e.C > e.X // groups * top:
+        raise ValueError(f"{raw.path}: {e.X} experts in 'n_group' {groups} groups, of which 'topk_group' {top} are "
+                         f"chosen, do not give each token 'num_experts_per_tok' {e.C} experts of groups of equal size")
+    return e
 
 
 def read_windows(raw: Fields, model_type: str, L: int) -> list[int | None]:

@@ -77,6 +77,21 @@ EXPERTS = {
         sliding_window=11, tie_word_embeddings=True),
     "qwen3 moe, yarn": QWEN3_MOE | dict(rope_scaling=YARN, mlp_only_layers=[0]),
 }
+LATENT = LLAMA | dict(kv_lora_rank=24, q_lora_rank=20, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10, num_attention_heads=3)
+YOUTU = LATENT | dict(model_type="youtu", architectures=["YoutuForCausalLM"])
+DEEPSEEK_V2, DEEPSEEK_V3 = (LATENT | moe | dict(architectures=[f"Deepseek{version}ForCausalLM"], intermediate_size=40)
+                            for version, moe in (("V2", DEEPSEEK_V2_MOE), ("V3", DEEPSEEK_V3_MOE)))
+LATENTS = {
+    "youtu": YOUTU | dict(tie_word_embeddings=True, num_nextn_predict_layers=1),
+    "youtu, pairs apart, no latent queries": YOUTU | dict(rope_interleave=False, q_lora_rank=None),
+    "deepseek v2": DEEPSEEK_V2 | dict(q_lora_rank=None, num_attention_heads=4),
+    "deepseek v2, yarn": DEEPSEEK_V2 | dict(rope_scaling=YARN | dict(mscale=0.7, mscale_all_dim=0.9), topk_method="greedy"),
+    "deepseek v3, biases, yarn": DEEPSEEK_V3 | dict(attention_bias=True, rope_scaling=YARN | dict(mscale=1.0, mscale_all_dim=1.0)),
+    "deepseek v3, pairs apart, large values": DEEPSEEK_V3 | dict(rope_interleave=False, v_head_dim=25, kv_lora_rank=8),
+    "kimi k2": DEEPSEEK_V3 | dict(model_type="kimi_k2", n_group=1, topk_group=1, num_attention_heads=2),
+    "glm 4.7 flash": DEEPSEEK_V3 | dict(model_type="glm4_moe_lite", architectures=["Glm4MoeLiteForCausalLM"], n_group=1, topk_group=1,
+                                        mlp_layer_types=["sparse", "dense", "sparse"], first_k_dense_replace=None),
+}
 CONFIGS = {"llama": LLAMA, "mistral": FAMILIES["mistral"], "gpt2": GPT2}
 
 
@@ -102,8 +117,12 @@ def llama_tensors(c: dict) -> dict[str, Tensor]:
     for l in range(c["num_hidden_layers"]):
         at = f"model.layers.{l}."
         shapes |= {at + "input_layernorm.weight": (E,), at + "post_attention_layernorm.weight": (E,)}
-        for name, shape in {"self_attn.q_proj": (H * D, E), "self_attn.k_proj": (K * D, E), "self_attn.v_proj": (K * D, E),
-                            "self_attn.o_proj": (E, H * D), **mlp_shapes(c, l)}.items():
+        attention = {"self_attn.q_proj": (H * D, E), "self_attn.k_proj": (K * D, E), "self_attn.v_proj": (K * D, E),
+                     "self_attn.o_proj": (E, H * D)}
+        if "kv_lora_rank" in c:
+            attention, norms = latent_shapes(c)
+            shapes |= {f"{at}{name}.weight": shape for name, shape in norms.items()}
+        for name, shape in (attention | mlp_shapes(c, l)).items():
             shapes[f"{at}{name}.weight"] = shape
             if has_bias(c, name):
                 shapes[f"{at}{name}.bias"] = shape[:1]
@@ -112,6 +131,20 @@ def llama_tensors(c: dict) -> dict[str, Tensor]:
     if not c.get("tie_word_embeddings"):
         shapes["lm_head.weight"] = c["vocab_size"], E
     return random_tensors(shapes)
+
+
+def latent_shapes(c: dict) -> tuple[dict[str, tuple], dict[str, tuple]]:
+    """The matrices of a layer's latent attention, and its norms."""
+    E, H, R, P = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"], c["qk_rope_head_dim"]
+    queries, widened = H * (c["qk_nope_head_dim"] + P), H * (c["qk_nope_head_dim"] + c["v_head_dim"])
+    matrices = {"kv_a_proj_with_mqa": (R + P, E), "kv_b_proj": (widened, R), "o_proj": (E, H * c["v_head_dim"])}
+    norms = {"kv_a_layernorm": (R,)}
+    if c["q_lora_rank"]:
+        matrices |= {"q_a_proj": (c["q_lora_rank"], E), "q_b_proj": (queries, c["q_lora_rank"])}
+        norms["q_a_layernorm"] = c["q_lora_rank"],
+    else:
+        matrices["q_proj"] = queries, E
+    return tuple({"self_attn." + name: shape for name, shape in found.items()} for found in (matrices, norms))
 
 
 def mlp_shapes(c: dict, l: int) -> dict[str, tuple[int, int]]:
@@ -135,7 +168,9 @@ def experts_of(c: dict, l: int) -> int:
     """How many experts layer l has; 0: it has one MLP."""
     if c["model_type"] == "mixtral":
         return c["num_local_experts"]
-    if c["model_type"] in ("deepseek_v2", "deepseek_v3"):
+    if c["model_type"] == "glm4_moe_lite":
+        return c["n_routed_experts"] if c["mlp_layer_types"][l] == "sparse" else 0
+    if c["model_type"] in ("deepseek_v2", "deepseek_v3", "kimi_k2"):
         return c["n_routed_experts"] if l >= c["first_k_dense_replace"] else 0
     dense = c["model_type"] != "qwen3_moe" or l in (c.get("mlp_only_layers") or [])
     return 0 if dense or (l + 1) % (c.get("decoder_sparse_step") or 1) else c["num_experts"]
@@ -150,12 +185,14 @@ def expert_names(c: dict) -> tuple[str, str, str, str]:
 def heads(c: dict) -> tuple[int, int, int]:
     """Query heads, KV heads and head size of a Llama-like config."""
     H = c["num_attention_heads"]
-    return H, c.get("num_key_value_heads") or H, c.get("head_dim") or c["hidden_size"] // H
+    return H, c.get("num_key_value_heads") or H, c.get("qk_rope_head_dim") or c.get("head_dim") or c["hidden_size"] // H
 
 
 def has_bias(c: dict, name: str) -> bool:
     if c["model_type"] == "qwen2":
         return name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    if "kv_lora_rank" in c:
+        return bool(c.get("attention_bias")) and name in ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.o_proj")
     if name.startswith("self_attn"):
         return c["model_type"] in ("llama", "qwen3", "qwen3_moe") and bool(c.get("attention_bias"))
     return c["model_type"] == "llama" and bool(c.get("mlp_bias"))
@@ -396,13 +433,16 @@ def plain_window(c: dict, l: int) -> int | None:
     return c.get("sliding_window", 4096) if l >= c.get("max_window_layers", 28) else None
 
 
+SIGMOIDS = "deepseek_v3", "kimi_k2", "glm4_moe_lite"   # the scores of their routers
+
+
 def plain_choice(c: dict, logits: list[float], corrections: list[float] | None = None) -> dict[int, float]:
     """The experts that a token chooses and the weight of each, of what the router says of it. Of equals the first is chosen."""
     X, kind, exps = len(logits), c["model_type"], [math.exp(z) for z in logits]
-    score = [e / (1 + e) for e in exps] if kind == "deepseek_v3" else [e / sum(exps) for e in exps]
+    score = [e / (1 + e) for e in exps] if kind in SIGMOIDS else [e / sum(exps) for e in exps]
     rank, allowed = [s + b for s, b in zip(score, corrections or [0] * X)], range(X)
-    if kind == "deepseek_v3" or c.get("topk_method") == "group_limited_greedy":
-        size, best = X // c["n_group"], 2 if kind == "deepseek_v3" else 1
+    if kind in SIGMOIDS or c.get("topk_method") == "group_limited_greedy":
+        size, best = X // c["n_group"], 2 if kind in SIGMOIDS else 1
         worth = {g: sum(sorted(rank[g * size:(g + 1) * size])[-best:]) for g in range(c["n_group"])}
         groups = sorted(worth, key=lambda g: -worth[g])[:c["topk_group"]]
         allowed = [x for x in range(X) if x // size in groups]
@@ -438,16 +478,44 @@ def plain_llama(c: dict, w: dict[str, Tensor], ids: list[int], kv) -> Tensor:
         x = torch.complex(x[..., :D // 2], x[..., D // 2:]) * torch.polar(torch.ones_like(angles), angles)
         return torch.cat([x.real, x.imag], -1) * plain_attention_factor(c)
 
+    def latents(h, at):
+        """Every head's own keys and values, made of each token's latent as the cache gives it back."""
+        U, P, W, R = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"], c["kv_lora_rank"]
+
+        def small_norm(x, name):
+            return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[at + name + ".weight"]
+
+        def side_by_side(x):   # the other order of the same pairs
+            apart = c["model_type"] != "deepseek_v2" and c.get("rope_interleave") is False
+            return x if apart else torch.cat([x[..., 0::2], x[..., 1::2]], -1)
+        if c["q_lora_rank"]:
+            q = project(small_norm(project(h, at + "q_a_proj"), "q_a_layernorm"), at + "q_b_proj")
+        else:
+            q = project(h, at + "q_proj")
+        q, down, H = q.view(T, -1, U + P).transpose(0, 1), project(h, at + "kv_a_proj_with_mqa"), c["num_attention_heads"]
+        rotary = turn(side_by_side(down[:, R:]))
+        kept = kv(torch.cat([small_norm(down[:, :R], "kv_a_layernorm"), rotary], -1)[None])[0]
+        widened = (kept[:, :R] @ w[at + "kv_b_proj.weight"].T).view(T, H, U + W).transpose(0, 1)
+        k = torch.cat([widened[..., :U], kept[None, :, R:].expand(H, -1, -1)], -1)
+        q = torch.cat([q[..., :U], turn(side_by_side(q[..., U:]))], -1)
+        rope, scale = c.get("rope_scaling") or {}, (U + P) ** -0.5
+        if rope.get("mscale_all_dim"):
+            scale *= (1 + 0.1 * rope["mscale_all_dim"] * math.log(rope["factor"])) ** 2
+        return plain_attention(q, k, widened[..., U:], scale, None)
+
     def mlp(h, at, gate="gate_proj", up="up_proj", down="down_proj"):
         return project(act(project(h, f"{at}.{gate}")) * project(h, f"{at}.{up}"), f"{at}.{down}")
 
     x = w["embed_tokens.weight"][ids]
     for l in range(c["num_hidden_layers"]):
         at, h = f"layers.{l}.", norm(x, f"layers.{l}.input_layernorm")
-        q, k, v = (project(h, f"{at}self_attn.{name}_proj").view(T, -1, D).transpose(0, 1) for name in "qkv")
-        if c["model_type"] in ("qwen3", "qwen3_moe"):
-            q, k = norm(q, at + "self_attn.q_norm"), norm(k, at + "self_attn.k_norm")
-        o = plain_attention(turn(q), kv(turn(k)), kv(v), D ** -0.5, plain_window(c, l))
+        if "kv_lora_rank" in c:
+            o = latents(h, at + "self_attn.")
+        else:
+            q, k, v = (project(h, f"{at}self_attn.{name}_proj").view(T, -1, D).transpose(0, 1) for name in "qkv")
+            if c["model_type"] in ("qwen3", "qwen3_moe"):
+                q, k = norm(q, at + "self_attn.q_norm"), norm(k, at + "self_attn.k_norm")
+            o = plain_attention(turn(q), kv(turn(k)), kv(v), D ** -0.5, plain_window(c, l))
         x = x + project(o.transpose(0, 1).reshape(T, -1), at + "self_attn.o_proj")
         h = norm(x, at + "post_attention_layernorm")
         x = x + (plain_mixture(c, w, h, at, mlp) if experts_of(c, l) else mlp(h, at + "mlp"))
