@@ -52,6 +52,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import experts
 import kernels
+import latent
 import linear
 import nanoserve
 from batch import Chunk, make_batch
@@ -995,6 +996,21 @@ def launch_all(D: int, dtype: torch.dtype = torch.bfloat16, S: int = 64, H: int 
         kernels.attention_triton(*paged_inputs([(5, 99)], H, K, D, S, dtype, window=window, int8=int8))
 
 
+LATENT_LAUNCHES = {   # of DeepSeek-V3's shape: tokens, past, query heads, whether the pool is of int8
+    "decode": (1, 200, 128, False), "decode, int8": (1, 200, 128, True), "verification": (5, 200, 128, False),
+    "prefill, widened": (200, 0, 16, False)}
+
+
+def launch_latents(way: str):
+    """One launch of the kernels of latent attention."""
+    tokens, past, H, int8 = LATENT_LAUNCHES[way]
+    m, dtype = config_of("deepseek-v3").latent, torch.bfloat16
+    _, k, _, batch, scale, _, *scales = paged_inputs([(tokens, past)], 1, 1, m.rank + m.rotary, 64, dtype, int8=int8)
+    q = torch.randn(tokens, H, m.plain + m.rotary, dtype=dtype)
+    part = linear.Part(torch.randn(H * (m.plain + m.value), m.rank, dtype=dtype))
+    latent.attend_to_latents(q, part, k, batch, scale, m, "triton", *scales[:1])
+
+
 BYTES = {"int8": (torch.int8, 1), "fp8": (torch.float8_e4m3fn, 1), "fp8 blocks": (torch.float8_e4m3fn, 128)}
 
 
@@ -1036,6 +1052,10 @@ def show_compiled():
         progress(f"compiling for sm_{capability}, experts, {kind}, {T} rows")
         rows += [[f"experts, {kind}, {T} rows", *list(c.values())[1:]]
                  for c in compile_launches(partial(launch_experts, kind, T), capability) if c["kernel"] == "experts"]
+    for way, capability in itertools.product(LATENT_LAUNCHES, SHARED):
+        progress(f"compiling for sm_{capability}, latent attention, {way}")
+        rows += [[f"{c['kernel'].split()[0]}, {way}, 512 + 64", *list(c.values())[1:]]
+                 for c in compile_launches(partial(launch_latents, way), capability)]
     print_table("The kernels as compiled for bfloat16 (int8: with such a pool), 32:8 heads, blocks of 64; 2048 inputs",
                 ["kernel", "GPU", "tile", "warps", "stages", "regs", "spills", "KiB", "units", "per SM", "occupied"],
                 rows)

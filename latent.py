@@ -21,9 +21,9 @@ attended to as ever. Both give the same; for n tokens that see L keys, n L pairs
     absorbed     2 H Z (U + W) per token,   2 H (2 Z + P) per pair       DeepSeek: 131,072 x 2 H,  1,088 x 2 H
     widened      2 H Z (U + W) per key,     2 H (U + P + W) per pair               131,072 x 2 H,    320 x 2 H
 
-A prompt that begins has as many keys as tokens, and each of its pairs is cheaper widened. A decode has one token, and to
-widen all of its keys would cost 120 times as much as to attend to them. In between, for a piece of a prompt with a long
-past, the two meet where n (1,088 - 320) is 131,072: at 171 tokens. `widening_pays` compares them exactly.
+A prompt that begins has as many keys as tokens, and each of its pairs is cheaper widened. A decode has one token, and
+to widen all of its keys would cost 120 times as much as to attend to them. In between, for a piece of a prompt with a
+long past, the two meet where n (1,088 - 320) is 131,072: at 171 tokens. `widening_pays` compares them exactly.
 
 The lesson in numbers: an absorbed decode reads 1,152 bytes of a key in bfloat16 and does 128 x 2,176 operations with
 them, 242 per byte, where GQA with G = 4 does 4. An H100 does 295 operations while a byte arrives: MLA spends nearly all
@@ -147,8 +147,8 @@ def attend_widened(q_THF: Tensor, up_HFZ: Tensor, latents_LD: Tensor, batch: Bat
 # ---------------------------------------------------------------------------------------------
 # Triton
 
-# One kernel serves both ways. A key comes in two pieces, A numbers of a KV head and P that all heads share, and each has
-# matrix products of its own: 512 and 64 numbers, and not 576 padded to 1,024.
+# One kernel serves both ways. A key comes in two pieces, A numbers of a KV head and P that all heads share, and each
+# has matrix products of its own: 512 and 64 numbers, and not 576 padded to 1,024.
 
 @jit
 def _piece(ptr, at_T, there_T, SIZE: tl.constexpr, PAD: tl.constexpr, MASKED: tl.constexpr):
@@ -162,12 +162,12 @@ def _piece(ptr, at_T, there_T, SIZE: tl.constexpr, PAD: tl.constexpr, MASKED: tl
 
 
 @jit
-def _latent_sweep(o_RW, m_R, l_R, q_RA, q_RP, k_ptr, r_ptr, v_ptr, scale_ptr, table_ptr, head_R, position_R, start, stop,
-                  kv_len, scale, k_stride, r_stride, S: tl.constexpr, A: tl.constexpr, A_PAD: tl.constexpr,
+def _latent_sweep(o_RW, m_R, l_R, q_RA, q_RP, k_ptr, r_ptr, v_ptr, k_scale_ptr, table_ptr, head_R, position_R,
+                  start, stop, kv_len, scale, k_stride, r_stride, S: tl.constexpr, A: tl.constexpr, A_PAD: tl.constexpr,
                   P: tl.constexpr, P_PAD: tl.constexpr, W: tl.constexpr, W_PAD: tl.constexpr, SHARED: tl.constexpr,
                   TILE: tl.constexpr, MASKED: tl.constexpr):
-    """`_sweep` of kernels.py, without windows, for keys in two pieces. SHARED: V is the first piece, and is there already.
-    MASKED is False where every row sees every key of every tile."""
+    """`_sweep` of kernels.py, without windows, for keys in two pieces. SHARED: V is the first piece, and is there
+    already. MASKED is False where every row sees every key of every tile."""
     t = tl.arange(0, TILE)
     for tile in range(start, stop, TILE):
         key = tile + t
@@ -182,8 +182,8 @@ def _latent_sweep(o_RW, m_R, l_R, q_RA, q_RP, k_ptr, r_ptr, v_ptr, scale_ptr, ta
         r_TP = _piece(r_ptr + begin * r_stride, slot * r_stride, there, P, P_PAD, MASKED).to(q_RA.dtype)
         s_RT = tl.dot(q_RA, tl.trans(k_TA), input_precision="ieee")
         s_RT = tl.dot(q_RP, tl.trans(r_TP), s_RT, input_precision="ieee")
-        if scale_ptr is not None:
-            scale_T = tl.load(scale_ptr + begin + slot, mask=there, other=0.0)
+        if k_scale_ptr is not None:
+            scale_T = tl.load(k_scale_ptr + begin + slot, mask=there, other=0.0)
             s_RT *= scale_T[None, :]
         s_RT = kernels._bias(s_RT, scale, head_R[:, None], position_R[:, None] - key[None, :])
         if MASKED:
@@ -193,7 +193,7 @@ def _latent_sweep(o_RW, m_R, l_R, q_RA, q_RP, k_ptr, r_ptr, v_ptr, scale_ptr, ta
         p_RT = tl.exp2(s_RT * scale - m_sub[:, None])
         rescale = tl.exp2(m_R - m_sub)
         l_R = l_R * rescale + tl.sum(p_RT, 1)
-        if scale_ptr is not None:
+        if k_scale_ptr is not None:
             p_RT *= scale_T[None, :]
         if SHARED:
             v_TW = k_TA
@@ -205,16 +205,16 @@ def _latent_sweep(o_RW, m_R, l_R, q_RA, q_RP, k_ptr, r_ptr, v_ptr, scale_ptr, ta
 
 
 @jit
-def _latent_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, k_ptr, r_ptr, v_ptr, scale_ptr, tables_ptr, query_starts_ptr,
+def _latent_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, k_ptr, r_ptr, v_ptr, k_scale_ptr, tables_ptr, query_starts_ptr,
                    kv_lens_ptr, work_ptr, k_stride, head_stride, r_stride, longest, scale,
                    S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, A: tl.constexpr, A_PAD: tl.constexpr,
                    P: tl.constexpr, P_PAD: tl.constexpr, W: tl.constexpr, W_PAD: tl.constexpr, SHARED: tl.constexpr,
                    ROWS: tl.constexpr, TILE: tl.constexpr):
     """A tile of the query rows of one KV head, n tokens times G, over one split of their keys.
 
-    Cost: 2 ROWS keys (A + P + W) operations. Absorbed, for keys * (A + P) numbers, each used by all rows of the tile for
-    K and for V: with 64 of 128 rows per program a key is read twice, the second time from the L2 cache. Bound: both, on
-    an H100 nearly at once. Widened, for keys * (A + W) numbers: arithmetic, as in any prefill.
+    Cost: 2 ROWS keys (A + P + W) operations. Absorbed, for keys * (A + P) numbers, each used by all rows of the tile
+    for K and for V: with 64 of 128 rows per program a key is read twice, the second time from the L2 cache. Bound:
+    both, on an H100 nearly at once. Widened, for keys * (A + W) numbers: arithmetic, as in any prefill.
     Tile: o_RW holds 64 x 512 numbers in registers, half of all that a multiprocessor has; so ROWS is 64 at most.
     Wins where all heads share a latent; loses on models of few heads, whose 16 rows fill a tile in part.
     """
@@ -243,11 +243,11 @@ def _latent_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, k_ptr, r_ptr, v_ptr, sca
         k_ptr, v_ptr = k_ptr + kv_head * head_stride, v_ptr + kv_head * head_stride
         o_RW, m_R, l_R = kernels._start(ROWS, W_PAD)
         if not SHARED:   # most tiles need no mask; absorbed, a second loop would cost registers and save little
-            o_RW, m_R, l_R = _latent_sweep(o_RW, m_R, l_R, q_RA, q_RP, k_ptr, r_ptr, v_ptr, scale_ptr, table_ptr,
+            o_RW, m_R, l_R = _latent_sweep(o_RW, m_R, l_R, q_RA, q_RP, k_ptr, r_ptr, v_ptr, k_scale_ptr, table_ptr,
                                            kv_head * G + head, past + token, start, diagonal, kv_len, scale, k_stride,
                                            r_stride, S, A, A_PAD, P, P_PAD, W, W_PAD, SHARED, TILE, False)
             start = diagonal
-        o_RW, m_R, l_R = _latent_sweep(o_RW, m_R, l_R, q_RA, q_RP, k_ptr, r_ptr, v_ptr, scale_ptr, table_ptr,
+        o_RW, m_R, l_R = _latent_sweep(o_RW, m_R, l_R, q_RA, q_RP, k_ptr, r_ptr, v_ptr, k_scale_ptr, table_ptr,
                                        kv_head * G + head, past + token, start, stop, kv_len, scale, k_stride,
                                        r_stride, S, A, A_PAD, P, P_PAD, W, W_PAD, SHARED, TILE, True)
         live_RW, at_RW = live_R[:, None] & (w < W)[None, :], (at_R * W)[:, None] + w[None, :]

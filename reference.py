@@ -78,7 +78,7 @@ EXPERTS = {
     "qwen3 moe, yarn": QWEN3_MOE | dict(rope_scaling=YARN, mlp_only_layers=[0]),
 }
 LATENT = LLAMA | dict(kv_lora_rank=24, q_lora_rank=20, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10, num_attention_heads=3)
-YOUTU = LATENT | dict(model_type="youtu", architectures=["YoutuForCausalLM"])
+YOUTU = LATENT | dict(model_type="youtu", architectures=["YoutuForCausalLM"], tie_word_embeddings=False)
 DEEPSEEK_V2, DEEPSEEK_V3 = (LATENT | moe | dict(architectures=[f"Deepseek{version}ForCausalLM"], intermediate_size=40)
                             for version, moe in (("V2", DEEPSEEK_V2_MOE), ("V3", DEEPSEEK_V3_MOE)))
 LATENTS = {
@@ -126,6 +126,8 @@ def llama_tensors(c: dict) -> dict[str, Tensor]:
             shapes[f"{at}{name}.weight"] = shape
             if has_bias(c, name):
                 shapes[f"{at}{name}.bias"] = shape[:1]
+        if c["model_type"] in SIGMOIDS and experts_of(c, l):
+            shapes[at + "mlp.gate.e_score_correction_bias"] = c["n_routed_experts"],
         if c["model_type"] in ("qwen3", "qwen3_moe"):
             shapes |= {at + "self_attn.q_norm.weight": (D,), at + "self_attn.k_norm.weight": (D,)}
     if not c.get("tie_word_embeddings"):

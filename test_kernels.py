@@ -33,8 +33,8 @@ BACKENDS = ["naive", "torch"] + (["triton"] if kernels.load_triton() else [])
 # Kernels
 
 def dense_attention(q, k, v, scale, window, slopes=None):
-    """One request, K and V in order, no pool: q [T, H, D], k and v [kv_len, K, D], numpy float64."""
-    out = np.zeros(q.shape)
+    """One request, K and V in order, no pool: q [T, H, D], k and v [kv_len, K, D], numpy float64. V may have another D."""
+    out = np.zeros((*q.shape[:2], v.shape[2]))
     past, group = len(k) - len(q), q.shape[1] // k.shape[1]
     for t in range(len(q)):
         first = 0 if window is None else max(0, past + t - window + 1)
