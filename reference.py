@@ -248,7 +248,7 @@ def fp8_blocks(ignore: list[str] = ["lm_head"]) -> dict:
 
 
 def linear_layers(tensors: dict[str, Tensor]) -> list[str]:
-    return [name.removesuffix(".weight") for name in tensors if re.search(r"(_proj|lm_head|\.w[123])\.weight$", name)]
+    return [name.removesuffix(".weight") for name in tensors if re.search(r"(_proj|_mqa|lm_head|\.w[123])\.weight$", name)]
 
 
 def in_8_bits(tensors: dict[str, Tensor], quantization: dict, but: list[str] = ["lm_head"],
@@ -282,7 +282,7 @@ def as_int8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     (embedding,) = (name for name in tensors if name.endswith(("wte.weight", "embed_tokens.weight")))
     tensors = {"lm_head.weight": tensors[embedding]} | tensors
     for name, tensor in tensors.items():
-        if re.search(r"(_proj|lm_head|c_attn|c_proj|c_fc|\.w[123])\.weight$", name):
+        if re.search(r"(_proj|_mqa|lm_head|c_attn|c_proj|c_fc|\.w[123])\.weight$", name):
             outputs_last = ".c_" in name
             meant[name] = (int8(tensor.T).T if outputs_last else int8(tensor)).double()
             meant[name.removesuffix("weight") + "rounded"] = torch.ones(())
