@@ -34,7 +34,7 @@ from linear import GROUP, Part, has_kernels, pack, pack_experts, quantize, widen
 # The files
 
 Stored = tuple[str, tuple[int, ...]]   # a tensor in the files: its name, its shape there
-LET_GO = 64 << 20   # bytes that are read through open files, after which they are closed
+LET_GO = 32 << 20   # bytes that are read through open files, after which they are closed
 
 
 class Checkpoint:

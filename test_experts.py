@@ -150,7 +150,7 @@ def test_each_expert_multiplies_its_own_rows(poisoned, visits, kind, out, inputs
 
 
 @needs_triton
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(visits=visits, kind=st.sampled_from(list(KINDS)), out=st.sampled_from([1, 40, 70]), inputs=st.sampled_from([7, 32, 130, 272]),
        shared=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float16]), seed=st.integers(0, 99))
 @example(visits=(3, [[1, 1]] * 40), kind="float32", out=130, inputs=32, shared=True, dtype=torch.float16, seed=0)   # large tiles
@@ -220,7 +220,7 @@ import bench, kernels
 kernels.load_triton()
 for sm in (80, 90, 100):
     for kind in ("bfloat16", "float32", *bench.BYTES):   # few rows per expert, many, and sizes that are no multiples
-        for sizes in ((16,), (512,), (5, 3, 33, 1001)):
+        for sizes in ((16,), (512,), (5, 3, 33, 1001))[:3 if sm == 80 else 2]:
             for c in bench.compile_launches(lambda: bench.launch_experts(kind, *sizes), sm):
                 assert c["spills"] == 0 and c["programs"] >= 1, c
                 assert (c["units"] == "-") == (c["kernel"] != "experts" or kind == "float32"), c"""
