@@ -178,7 +178,8 @@ def plan_parts(c: Config) -> Iterator[tuple[str, list[Stored], list[Stored]]]:
                   "kv_up":   [(attn + "kv_b_proj", (c.H * (m.plain + m.value), m.rank))],
                   "out":     [(attn + "o_proj", (E, c.H * m.value))]}
         if m.q_rank:
-            table |= {"q_norm": [(attn + "q_a_layernorm", (m.q_rank,))], "q_up": [(attn + "q_b_proj", (queries, m.q_rank))]}
+            table |= {"q_norm": [(attn + "q_a_layernorm", (m.q_rank,))],
+                      "q_up":   [(attn + "q_b_proj", (queries, m.q_rank))]}
     if not c.tied:
         table["head"] = [("lm_head", (V, E))]
     sparse, e = {}, c.experts   # what a layer with experts has in the place of its MLP
@@ -239,7 +240,7 @@ def to_our_layout(stored: Tensor, name: str, c: Config) -> Tensor:
     if c.latent:
         if c.interleaved or not re.search(r"\.(q|q_b|kv_a)_proj", name):
             return stored
-        heads = stored.unflatten(0, (1 if "kv_a" in name else c.H, -1))   # in each, the last numbers are the rotary ones
+        heads = stored.unflatten(0, (1 if "kv_a" in name else c.H, -1))   # the last rows of each are the rotary ones
         plain, rotary = heads.split([heads.shape[1] - c.latent.rotary, c.latent.rotary], 1)
         rotary = interleave_pairs(rotary.flatten(0, 1), c.latent.rotary).view_as(rotary)
         return torch.cat([plain, rotary], 1).flatten(0, 1)

@@ -147,8 +147,9 @@ def read_config(folder: Path) -> Config:
     model_type = read_model_type(raw)
     eos = read_eos(raw, folder / "generation_config.json")
     dtype = raw.get("dtype", raw.get("torch_dtype", "float32")).removeprefix("torch.")
-    read = {"gpt2": read_gpt2_config}.get(model_type, read_deepseek_config if model_type in LATENT else read_llama_config)
-    c = read(raw, model_type, {"eos": eos, "dtype": dtype} | read_quantization(raw, model_type))
+    read = dict.fromkeys(LATENT, read_deepseek_config) | {"gpt2": read_gpt2_config}
+    common = {"eos": eos, "dtype": dtype} | read_quantization(raw, model_type)
+    c = read.get(model_type, read_llama_config)(raw, model_type, common)
     if c.activation not in ACTIVATIONS:
         raise ValueError(f"{raw.path}: activation {c.activation!r} is not supported: only {', '.join(ACTIVATIONS)} are")
     if c.H % c.K:
@@ -305,14 +306,15 @@ def read_experts(raw: Fields, model_type: str, L: int) -> Experts | None:
 
 
 # What DeepSeek-V3's config leaves out, and where the others differ from it: as in transformers.
-DEEPSEEK = dict(max_position_embeddings=4096, rms_norm_eps=1e-6, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
-                qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=3, n_routed_experts=256, n_shared_experts=1,
-                num_experts_per_tok=8, moe_intermediate_size=2048, n_group=8, topk_group=4, topk_method="noaux_tc",
-                norm_topk_prob=True, routed_scaling_factor=2.5, scoring_func="sigmoid")
+DEEPSEEK = dict(max_position_embeddings=4096, rms_norm_eps=1e-6, q_lora_rank=1536, kv_lora_rank=512,
+                qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=3,
+                n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, moe_intermediate_size=2048, n_group=8,
+                topk_group=4, topk_method="noaux_tc", scoring_func="sigmoid", norm_topk_prob=True,
+                routed_scaling_factor=2.5)
 DIFFERENT = {
     "deepseek_v2": dict(max_position_embeddings=2048, first_k_dense_replace=0, n_routed_experts=64, n_shared_experts=2,
-                        num_experts_per_tok=None, moe_intermediate_size=1407, topk_method="greedy", norm_topk_prob=False,
-                        routed_scaling_factor=1.0, scoring_func="softmax"),
+                        num_experts_per_tok=None, moe_intermediate_size=1407, topk_method="greedy",
+                        scoring_func="softmax", norm_topk_prob=False, routed_scaling_factor=1.0),
     "glm4_moe_lite": dict(max_position_embeddings=202752, rms_norm_eps=1e-5, q_lora_rank=768, qk_nope_head_dim=192,
                           v_head_dim=256, first_k_dense_replace=1, n_routed_experts=64, num_experts_per_tok=4,
                           moe_intermediate_size=1536, n_group=1, topk_group=1, routed_scaling_factor=1.8),
@@ -323,7 +325,8 @@ DIFFERENT = {
 def read_deepseek_config(raw: Fields, model_type: str, common: dict) -> Config:
     """Latent attention, and experts in all but Youtu."""
     raw = Fields(raw.path, DEEPSEEK | DIFFERENT.get(model_type, {}) | raw.values)
-    H, L, P, biased = raw.need("num_attention_heads"), raw.need("num_hidden_layers"), raw.need("qk_rope_head_dim"), set()
+    H, L, P = (raw.need(key) for key in ("num_attention_heads", "num_hidden_layers", "qk_rope_head_dim"))
+    biased = {"qkv", "out"} if raw.get("attention_bias", False) else set()
     q_rank = None if raw.values["q_lora_rank"] is None else raw.need("q_lora_rank")
     m = Latent(raw.need("kv_lora_rank"), raw.need("qk_nope_head_dim"), P, raw.need("v_head_dim"), q_rank)
     context = raw.need("max_position_embeddings")
@@ -332,8 +335,6 @@ def read_deepseek_config(raw: Fields, model_type: str, common: dict) -> Config:
         context = max(context, int(rope["factor"] * rope["original_max_position_embeddings"]))
     if rope["rope_type"] != "default" and rope.get("mscale_all_dim"):   # see `read_yarn`
         scale *= (1 + 0.1 * rope["mscale_all_dim"] * math.log(max(1, rope["factor"]))) ** 2
-    if raw.get("attention_bias", False):
-        biased = {"qkv", "out"}
     if raw.get("mlp_bias", False) or biased and not q_rank:
         raise ValueError(f"{raw.path}: 'mlp_bias', and 'attention_bias' without 'q_lora_rank', are not supported: "
                          "no known checkpoint has them")
@@ -349,8 +350,9 @@ def read_deepseek_config(raw: Fields, model_type: str, common: dict) -> Config:
 def read_deepseek_experts(raw: Fields, v3: bool, L: int) -> Experts:
     """DeepSeek-V2 (2024, section 2.1.2) and DeepSeek-V3 (2024, section 2.1.2), each with one kind of scores."""
     # DeepSeek's code of V2 normalises without the factor, transformers with the factor and not at all: nobody can say.
-    supported = dict(topk_method=("noaux_tc",), scoring_func=("sigmoid",), norm_topk_prob=(True, False)) if v3 else dict(
-        topk_method=("greedy", "group_limited_greedy"), scoring_func=("softmax",), norm_topk_prob=(False,))
+    supported = dict(topk_method=("greedy", "group_limited_greedy"), scoring_func=("softmax",), norm_topk_prob=(False,))
+    if v3:
+        supported = dict(topk_method=("noaux_tc",), scoring_func=("sigmoid",), norm_topk_prob=(True, False))
     for key, good in (supported | {"moe_layer_freq": (1,)}).items():
         if raw.values.get(key) not in (*good, None):
             raise ValueError(f"{raw.path}: {key!r} is {str(raw.values[key])[:50]!r}, which is not supported here: "
@@ -361,7 +363,8 @@ def read_deepseek_experts(raw: Fields, v3: bool, L: int) -> Experts:
                          f"{str(shared)[:50]!r}, not whole numbers from 0")
     kinds = raw.get("mlp_layer_types", ["dense"] * dense + ["sparse"] * (L - dense))   # GLM's way to say it
     if len(kinds) < L or not all(kind in ("dense", "sparse") for kind in kinds):
-        raise ValueError(f"{raw.path}: 'mlp_layer_types' is {str(kinds)[:50]}, not dense or sparse for each of {L} layers")
+        raise ValueError(f"{raw.path}: 'mlp_layer_types' is {str(kinds)[:50]}, not dense or sparse for each of the "
+                         f"{L} layers")
     I, (groups, top) = raw.need("moe_intermediate_size"), (1, 1)
     if raw.get("topk_method", "greedy") != "greedy" or v3:
         groups, top = raw.need("n_group"), raw.need("topk_group")

@@ -89,8 +89,7 @@ bias = None
 
 def write_kv_torch(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, slots_T: Tensor,
                    k_scale_KNS: Tensor | None = None, v_scale_KNS: Tensor | None = None):
-    """Put the step's K and V into their slots of the pool. No slot is -1: only the graphs' idle requests have those.
-    A pool of latents has no V."""
+    """Put the step's K and V, or latents alone, into their slots. No slot is -1: only graphs' idle requests have it."""
     both = (k_TKD, k_KNSD, k_scale_KNS), (v_TKD, v_KNSD, v_scale_KNS)
     for x_TKD, pool_KNSD, scale_KNS in both[:1] if v_TKD is None else both:
         if scale_KNS is not None:
@@ -612,7 +611,8 @@ def write_kv_triton(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor
     load_triton()
     (T, K, D), (_, N, S, _) = k_TKD.shape, k_KNSD.shape
     _write_kv_kernel[(T,)](k_TKD, v_TKD, k_KNSD, v_KNSD, k_scale_KNS, v_scale_KNS, slots_T, k_TKD.stride(0),
-                           0 if v_TKD is None else v_TKD.stride(0), N * S * D, K, triton.next_power_of_2(K), D, triton.next_power_of_2(D))
+                           0 if v_TKD is None else v_TKD.stride(0), N * S * D, K, triton.next_power_of_2(K), D,
+                           triton.next_power_of_2(D))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -622,7 +622,7 @@ ATTENTION = {"naive": attention_naive, "torch": attention_torch, "triton": atten
 WRITE_KV = {"naive": write_kv_torch, "torch": write_kv_torch, "triton": write_kv_triton}
 
 
-def check(backend: str, device: torch.device, dtype: torch.dtype, H: int, K: int, D: int, S: int):
+def check(backend: str, device: torch.device, dtype: torch.dtype, H: int, K: int, D: int):
     """Refuse by name, before anything runs, what a backend cannot do. Raises ValueError."""
     if backend not in ATTENTION:
         raise ValueError(f"unknown attention {backend!r}: choose auto, {', '.join(ATTENTION)}")
@@ -630,8 +630,6 @@ def check(backend: str, device: torch.device, dtype: torch.dtype, H: int, K: int
         raise ValueError(f"{H} query heads cannot share {K} KV heads evenly")
     if not 1 <= D <= 256:
         raise ValueError(f"head size {D} is not supported: it must be 256 at most")
-    if S < 1:
-        raise ValueError(f"block size {S} is not supported: it must be at least 1")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{dtype} is not supported: use float32, float16 or bfloat16")
     if backend != "triton":
@@ -646,8 +644,7 @@ def check(backend: str, device: torch.device, dtype: torch.dtype, H: int, K: int
         raise ValueError(f"{H // K} query heads of size {D} per KV head do not fit into a tile of {dtype}: "
                          "use attention='torch'")
     if INTERPRETED and dtype == torch.bfloat16:
-        raise ValueError("Triton's interpreter multiplies bfloat16 wrongly: use float32 or float16, "
-                         "or attention='torch'")
+        raise ValueError("Triton's interpreter multiplies bfloat16 wrongly: use float32, float16 or attention='torch'")
     if device.type == "cpu" and not INTERPRETED:
         raise ValueError("attention='triton' on a CPU needs Triton's interpreter: set TRITON_INTERPRET=1 "
                          "before anything imports triton")

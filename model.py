@@ -3,11 +3,11 @@
 `Model` runs GPT-2 (Radford et al. 2019) or Llama (Touvron et al. 2023) over a ragged batch. The families are
 the same machine with different parts:
 
-                  GPT-2                          Llama, Mistral, Mixtral, Qwen2, Qwen3
+                  GPT-2                          Llama, Mistral, Mixtral, Qwen2, Qwen3, DeepSeek
     position      learned, added to the input    rotary, applied to q and k in every layer (RoPE)
     norm          LayerNorm                      RMSNorm; Qwen3 also on every q and k head
-    MLP           down(act(up(x)))               down(act(gate(x)) * up(x)); Mixtral, Qwen3-MoE: several
-    heads         one KV head per query head     G query heads share one KV head (GQA)
+    MLP           down(act(up(x)))               down(act(gate(x)) * up(x)), or several of them (experts.py)
+    heads         one KV head per query head     G query heads share one KV head (GQA); DeepSeek: latent.py
     biases        everywhere                     nowhere; Qwen2 on q, k, v; Llama as its config says
 
 "The cat sat" through demo/llama (E = 192, H = 6, K = 2, D = 32, I = 512, V = 1024):

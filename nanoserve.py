@@ -327,7 +327,7 @@ class LLM:
                             ("num_speculative_tokens", num_speculative_tokens)):
             if value is not None and (not is_int(value) or not 0 < value < 2 ** 31):
                 raise ValueError(f"{what} is {str(value)[:50]}: it must be a whole number from 1 to 2147483647")
-        kernels.check(attention, self.device, DTYPES[self.dtype], *c.attended, block_size)
+        kernels.check(attention, self.device, DTYPES[self.dtype], *c.attended)
         if cuda_graphs and attention != "triton":
             raise ValueError(f"cuda_graphs=True needs attention='triton', not {attention!r}: leave one of them out")
 
@@ -337,7 +337,7 @@ class LLM:
             weights = (load_weights(self.folder, c, self.device, DTYPES[self.dtype], quantization) if self.folder else
                        random_weights(c, self.device, DTYPES[self.dtype], quantization))
         draft = None if speculative_model in (None, "ngram") else load_draft(
-            speculative_model, c, self.tokenizer, self.device, DTYPES[self.dtype], attention, block_size, quantization)
+            speculative_model, c, self.tokenizer, self.device, DTYPES[self.dtype], attention, quantization)
         keep_freed_memory(True)
         self.model = Model(c, weights, attention)
         max_seqs = min(max_seqs, max_batched_tokens)   # so that a step has a token for everyone who decodes

@@ -47,10 +47,10 @@ class BlockTable:
 class KVMemory:
     """What is in the blocks: N blocks of S token slots for every layer and KV head of a model.
 
-    memory: K and V, [L, K, N, S, D] each: layer, KV head, block, offset, head size. With heads outside blocks, one block
-    of one head is contiguous. A latent (latent.py) is K and V in one: then there is one tensor. With dtype int8 there is
-    a float32 scale for every token and head of each of them, [L, K, N, S]: a number is its byte times its scale
-    (kernels.py says how they are made). [:, :, block] of each tensor is what a block holds. The memory starts
+    memory: K and V, [L, K, N, S, D] each: layer, KV head, block, offset, head size. With heads outside blocks, one
+    block of one head is contiguous. A latent (latent.py) is K and V in one: then there is one tensor. With dtype int8
+    there is a float32 scale for every token and head of each of them, [L, K, N, S]: a number is its byte times its
+    scale (kernels.py says how they are made). [:, :, block] of each tensor is what a block holds. The memory starts
     uninitialised: what no request has written, no request reads.
     """
 

@@ -60,9 +60,10 @@ def step_cost(c: Config, chunks: list[tuple[int, int]], itemsize: int, logits: i
     eight_bits: each of the weights is a byte, while activations have `itemsize`.
 
     Operations: two per weight of a layer and new token; two per weight of the head and request; those of
-    `attention_flops`. Norms, RoPE and softmax are left out: they are a few per mille. Bytes: each of these weights once, for all requests together; K and V of the
-    past once, and those of new tokens written and read. Activations stay in caches. (Pope et al. 2022, section 2.)
-    A new token computes with its own experts; the bytes are those of all that are `touched`.
+    `attention_flops`. Norms, RoPE and softmax are left out: they are a few per mille. Bytes: each of these weights
+    once, for all requests together; K and V of the past once, and those of new tokens written and read. Activations
+    stay in caches. (Pope et al. 2022, section 2.) A new token computes with its own experts; the bytes are those of all
+    that are `touched`.
     """
     weights, head, logits = layer_weights(c), c.V * c.E, len(chunks) if logits is None else logits
     new, attention, rows = sum(n for n, _ in chunks), 0, 0   # rows: of K and V of all heads
@@ -232,7 +233,8 @@ def on_paper(c: Config, m: Ceiling, name: str, T: int) -> list[list[str]]:
         [f"balance of {name}", f"{peak} / {memory}", f"{m.balance:.0f} FLOP/B"],
         ["its least time", f"{read} GB / {memory}" if m.verdict(decode) == "memory" else f"{ops} GFLOP / {peak}", step],
         ["bound on TPS at batch 1", f"1 / {step}", f"{tps:.0f} tokens/s"],
-        [f"operations of a prompt of {T}", f"2 x {weights / G:.2f} G x {T} + 2 V E + {prompt_pair} x {T} x {T + 1}", prompt],
+        [f"operations of a prompt of {T}",
+         f"2 x {weights / G:.2f} G x {T} + 2 V E + {prompt_pair} x {T} x {T + 1}", prompt],
         ["bound on its TTFT", f"{prompt} / {peak}" if m.verdict(prefill) == "compute" else
          f"{prefill.bytes / G:.2f} GB / {memory}", wait],
         ["prefill tokens/s", f"{T} / {wait}", speed],
@@ -347,9 +349,9 @@ SHAPES["deepseek-v2-lite"] = llama(
     moe_intermediate_size=1408, first_k_dense_replace=1, topk_method="greedy", max_position_embeddings=163840,
     rope_scaling=YARN | dict(mscale=0.707, mscale_all_dim=0.707))
 SHAPES["deepseek-v3"] = llama(
-    129280, 7168, 18432, 61, 128, 128, model_type="deepseek_v3", kv_lora_rank=512, q_lora_rank=1536, qk_rope_head_dim=64,
-    qk_nope_head_dim=128, v_head_dim=128, n_routed_experts=256, num_experts_per_tok=8, n_shared_experts=1,
-    moe_intermediate_size=2048, first_k_dense_replace=3, n_group=8, topk_group=4, routed_scaling_factor=2.5,
+    129280, 7168, 18432, 61, 128, 128, model_type="deepseek_v3", kv_lora_rank=512, q_lora_rank=1536,
+    qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, n_routed_experts=256, num_experts_per_tok=8,
+    n_shared_experts=1, moe_intermediate_size=2048, first_k_dense_replace=3, n_group=8, topk_group=4, routed_scaling_factor=2.5,
     max_position_embeddings=163840, rope_scaling=YARN | dict(mscale=1.0, mscale_all_dim=1.0))
 SHAPES["llama-3-8b"] = SHAPES["llama-8b"]
 

@@ -328,7 +328,7 @@ class DraftModel:
 
 
 def load_draft(folder: str | Path | Config, config: Config, tokenizer, device: torch.device, dtype: torch.dtype,
-               attention: str, block_size: int, quantization: str | None) -> Model:
+               attention: str, quantization: str | None) -> Model:
     """The draft model of a folder (or of a Config, with random weights) beside a model of this config and tokenizer.
 
     Raises ValueError, in one sentence, for what does not exist, cannot run or has another vocabulary.
@@ -339,7 +339,7 @@ def load_draft(folder: str | Path | Config, config: Config, tokenizer, device: t
                          "model with the same vocabulary")
     try:
         c = folder if here else read_config(Path(folder))
-        kernels.check(attention, device, dtype, *c.attended, block_size)
+        kernels.check(attention, device, dtype, *c.attended)
         other = None if here else load_tokenizer(Path(folder))
         if c.V != config.V or tokenizer and other and tokenizer.words != other.words:
             size = f"{c.V} tokens and the model's has {config.V}" if c.V != config.V else "other words than the model's"

@@ -229,6 +229,7 @@ def test_every_formula_of_the_estimate_gives_its_value(shape, T, peak, bandwidth
         "weights that a token meets": P / 1e9, "their bytes": 2 * P / 1e9, "K and V per token": kv / 1024,
         "the same without GQA": kv * c.H / c.K / 1024, f"bytes of a decode step at {T}": decode_bytes / 1e9,
         "its operations": decode_flops / 1e9, "its intensity": decode_flops / decode_bytes,
+        "attention's own intensity": 4 * c.L * c.H * c.D / kv,
         "balance of somewhere": peak / bandwidth, "its least time": step * 1e3, "bound on TPS at batch 1": 1 / step,
         f"operations of a prompt of {T}": prefill_flops / 1e12, "bound on its TTFT": wait * 1e3,
         "prefill tokens/s": T / wait, "prefill over decode, per token": T / wait * step}

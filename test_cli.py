@@ -360,6 +360,7 @@ def test_worked_example_in_the_docstrings_is_true():
 ENGINE = "paged_kv", "batch", "kernels", "model", "nanoserve"
 ON_TOP = "speculate",   # one more idea each; the loop asks them
 STANDS_ON = "device", "linear", "sampling", "config", "experts", "checkpoint", "tokenizer"
+WITHIN = "latent",   # an idea inside the model, made of kernels
 AROUND = "roofline", "watch", "cli", "bench"
 
 
@@ -376,7 +377,7 @@ def imports_of(path):
 
 def test_imports_point_one_way():
     seen = set()
-    for room in (*STANDS_ON, *ENGINE[:-1], *ON_TOP, *ENGINE[-1:], *AROUND):   # each imports only those before it
+    for room in (*STANDS_ON, *ENGINE[:3], *WITHIN, *ENGINE[3:-1], *ON_TOP, *ENGINE[-1:], *AROUND):   # each imports only those before it
         found = imports_of(HERE / f"{room}.py")
         assert found <= seen, (room, found - seen)
         seen.add(room)
@@ -388,6 +389,6 @@ def test_imports_point_one_way():
 def test_rooms_stay_small():
     lines = {file.stem: file.read_text().count("\n") for file in HERE.glob("*.py")}
     assert sum(lines[room] for room in ENGINE) <= 2000
-    assert all(lines[room] <= 650 for room in (*ENGINE, *ON_TOP, *STANDS_ON, *AROUND) if room != "bench")
-    for room in (*ENGINE, *ON_TOP, *STANDS_ON, *AROUND):
+    assert all(lines[room] <= 650 for room in (*ENGINE, *WITHIN, *ON_TOP, *STANDS_ON, *AROUND) if room != "bench")
+    for room in (*ENGINE, *WITHIN, *ON_TOP, *STANDS_ON, *AROUND):
         assert all(len(line) <= 120 for line in (HERE / f"{room}.py").read_text().split("\n")), room

@@ -418,11 +418,11 @@ print(json.dumps([c for sm in (80, 90) for c in bench.compile_launches(lambda: b
 
 @pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
 @pytest.mark.parametrize("change, words", [
-    (dict(backend="flash"), "flash"), (dict(H=31), "31 query heads"), (dict(D=257), "257"), (dict(D=0), "head size 0"), (dict(S=0), "block size 0"),
+    (dict(backend="flash"), "flash"), (dict(H=31), "31 query heads"), (dict(D=257), "257"), (dict(D=0), "head size 0"),
     (dict(dtype=torch.float64), "float64"), (dict(H=99, K=1, D=256), "99 query heads of size 256"), (dict(H=64, K=1, D=256), "64 query heads"),
     (dict(device="cuda", capability=75), "compute capability 8.0"), (dict(device="cpu", dtype=torch.bfloat16), "interpreter")])
 def test_what_a_kernel_cannot_do_is_refused_by_name(monkeypatch, change, words):
-    asked = dict(backend="triton", device="cuda", dtype=torch.float16, H=32, K=8, D=128, S=16, capability=86) | change
+    asked = dict(backend="triton", device="cuda", dtype=torch.float16, H=32, K=8, D=128, capability=86) | change
     capability, small = asked.pop("capability"), types.SimpleNamespace(shared_memory_per_block_optin=99 << 10)
     monkeypatch.setattr(kernels, "capability_of", lambda device: capability)
     monkeypatch.setattr(kernels, "INTERPRETED", asked["device"] == "cpu")

@@ -218,7 +218,7 @@ def test_explain_says_what_is_absorbed_and_what_is_widened(folders):
     explain.show(said.append)
     text = " ".join(" ".join(said).split())
     assert "widened: 1 chunk of 40 tokens, 4 heads with K of 20 and V of 10 numbers, made of the latents of 40 keys" in text
-    assert "absorbed: 1 chunk of 1 tokens, 4 query rows each against latents of 32 numbers" in text
+    assert "absorbed: 1 chunk of 1 token, 4 query rows each against latents of 32 numbers" in text
 
 
 # ---------------------------------------------------------------------------------------------

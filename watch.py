@@ -320,13 +320,14 @@ def describe_attention(llm: LLM, chunks: list[Chunk]) -> Iterator[str]:
 def describe_latents(llm: LLM, batch: Batch) -> Iterator[str]:
     """Which chunks absorb what would widen their keys, and which do not."""
     c, m = llm.config, llm.config.latent
-    key_bytes = m.rotary + m.rank + 4 if llm.kv_cache_dtype == "int8" else c.D * DTYPES[llm.dtype].itemsize
+    key_bytes = c.D + 4 if llm.kv_cache_dtype == "int8" else c.D * DTYPES[llm.dtype].itemsize
+    intensity = 2 * c.H * (2 * m.rank + m.rotary) / key_bytes
     for way in latent.plan(batch, llm.pool.block_size, m):
-        count = f"{len(way.batch.chunks)} chunk{'s' * (len(way.batch.chunks) > 1)}"
+        n, tokens = len(way.batch.chunks), len(way.batch.positions_T)
+        chunks = f"{n} chunk{'s' * (n > 1)} of {tokens} token{'s' * (tokens > 1)}"
         if way.slots_L is None:
-            yield (f"{llm.model.backend}, absorbed: {count} of {len(way.batch.positions_T)} tokens, {c.H} query rows each "
-                   f"against latents of {c.D} numbers, {2 * c.H * (2 * m.rank + m.rotary) / key_bytes:.0f} operations per "
-                   "byte of a key that one token reads")
+            yield (f"{llm.model.backend}, absorbed: {chunks}, {c.H} query rows each against latents of {c.D} numbers, "
+                   f"{intensity:.0f} operations per byte of a key that one token reads")
         else:
-            yield (f"{llm.model.backend}, widened: {count} of {len(way.batch.positions_T)} tokens, {c.H} heads with K of "
-                   f"{m.plain + m.rotary} and V of {m.value} numbers, made of the latents of {sum(way.batch.lens)} keys")
+            yield (f"{llm.model.backend}, widened: {chunks}, {c.H} heads with K of {m.plain + m.rotary} and V of "
+                   f"{m.value} numbers, made of the latents of {sum(way.batch.lens)} keys")
