@@ -351,8 +351,8 @@ SHAPES["deepseek-v2-lite"] = llama(
 SHAPES["deepseek-v3"] = llama(
     129280, 7168, 18432, 61, 128, 128, model_type="deepseek_v3", kv_lora_rank=512, q_lora_rank=1536,
     qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, n_routed_experts=256, num_experts_per_tok=8,
-    n_shared_experts=1, moe_intermediate_size=2048, first_k_dense_replace=3, n_group=8, topk_group=4, routed_scaling_factor=2.5,
-    max_position_embeddings=163840, rope_scaling=YARN | dict(mscale=1.0, mscale_all_dim=1.0))
+    n_shared_experts=1, moe_intermediate_size=2048, first_k_dense_replace=3, n_group=8, topk_group=4,
+    routed_scaling_factor=2.5, max_position_embeddings=163840, rope_scaling=YARN | dict(mscale=1.0, mscale_all_dim=1.0))
 SHAPES["llama-3-8b"] = SHAPES["llama-8b"]
 
 
