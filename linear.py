@@ -420,9 +420,9 @@ def linear_experts_triton(x_NE: Tensor, part: Part, order_R: Tensor, starts_X: T
 
 def tile_options(rows: float, E: int, dtype: torch.dtype) -> dict:
     """Tile and launch shape for weights of a dtype, E columns, and so many rows per expert on average: with few, the
-    time is that of reading weights. Registers bound a tile, and with these none spills on sm_80, 90 and 100: float32, which
-    no matrix unit multiplies exactly; rows that begin anywhere, so that each number is loaded for itself; and many rows
-    in FP8, which is widened."""
+    time is that of reading weights. Registers bound a tile, and with these none spills on sm_80, 90 and 100. Small ones
+    are for float32, which no matrix unit multiplies exactly; for rows that begin anywhere, so that each number is
+    loaded for itself; and for many rows in FP8, which is widened."""
     if dtype == torch.float32:
         return dict(ROWS=16, TILE=64, GROUP=32, num_warps=4, num_stages=2)
     columns = GROUP if dtype.itemsize == 1 else 64
