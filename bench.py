@@ -60,8 +60,9 @@ from config import Config, read_config
 from cli import check_writable, exit_status
 from linear import DTYPES
 from nanoserve import LLM, SamplingParams
-from roofline import (HARDWARE, SHAPES, Ceiling, clock, config_of, cost_of, crossover, gpu_seconds, in_8_bits, in_turns,
-                      kv_bytes, layer_weights, machine, measured_ceiling, on_paper, ratio, step_cost, weight_bytes)
+from roofline import (HARDWARE, SHAPES, Ceiling, attention_flops, clock, config_of, cost_of, crossover, gpu_seconds,
+                      in_8_bits, in_turns, kv_bytes, layer_weights, machine, measured_ceiling, on_paper, ratio,
+                      step_cost, weight_bytes)
 from sampling import mix
 from speculate import NgramDrafter, Speculator, Times
 
@@ -1004,11 +1005,17 @@ LATENT_LAUNCHES = {   # of DeepSeek-V3's shape: tokens, past, query heads, wheth
 def launch_latents(way: str):
     """One launch of the kernels of latent attention."""
     tokens, past, H, int8 = LATENT_LAUNCHES[way]
-    m, dtype = config_of("deepseek-v3").latent, torch.bfloat16
-    _, k, _, batch, scale, _, *scales = paged_inputs([(tokens, past)], 1, 1, m.rank + m.rotary, 64, dtype, int8=int8)
-    q = torch.randn(tokens, H, m.plain + m.rotary, dtype=dtype)
-    part = linear.Part(torch.randn(H * (m.plain + m.value), m.rank, dtype=dtype))
-    latent.attend_to_latents(q, part, k, batch, scale, m, "triton", *scales[:1])
+    latent.attend_to_latents(*latent_inputs([(tokens, past)], H, torch.bfloat16, int8=int8))
+
+
+def latent_inputs(lens: list[tuple[int, int]], H: int, dtype: torch.dtype, device: torch.device | str = "cpu",
+                  int8: bool = False) -> tuple:
+    """What latent attention takes, in DeepSeek-V3's sizes, for requests of (query tokens, past)."""
+    m = config_of("deepseek-v3").latent
+    _, k, _, batch, _, _, *scales = paged_inputs(lens, 1, 1, m.rank + m.rotary, 64, dtype, device, int8=int8)
+    q = torch.randn(sum(n for n, _ in lens), H, m.plain + m.rotary, dtype=dtype, device=device)
+    part = linear.Part(torch.randn(H * (m.plain + m.value), m.rank, dtype=dtype, device=device) / m.rank ** 0.5)
+    return q, part, k, batch, (m.plain + m.rotary) ** -0.5, m, "triton", *scales[:1]
 
 
 BYTES = {"int8": (torch.int8, 1), "fp8": (torch.float8_e4m3fn, 1), "fp8 blocks": (torch.float8_e4m3fn, 128)}
@@ -1093,7 +1100,7 @@ def check_kernels(device: torch.device, lens: list[tuple[int, int]], dtypes=tupl
     for dtype, (D, H, K, S, window), int8 in itertools.product(dtypes, shapes, (False, True)):
         progress(f"checking {dtype}, head size {D}")
         try:
-            kernels.check("triton", device, dtype, H, K, D, S)
+            kernels.check("triton", device, dtype, H, K, D)
         except ValueError:
             continue
         inputs = paged_inputs(lens, H, K, D, S, dtype, device, window, int8)
@@ -1105,6 +1112,43 @@ def check_kernels(device: torch.device, lens: list[tuple[int, int]], dtypes=tupl
         worst = max(worst, error)
     progress("")
     print(f"All kernels equal the float64 definition; the largest error is {worst:.0%} of what the dtype allows.")
+
+
+def check_latents(device: torch.device, lens: list[tuple[int, int]], dtypes=tuple(TOLERANCE), heads=(16, 128)):
+    """Latent attention against the float64 definition. Exits at the first that differs."""
+    worst = 0.0
+    for dtype, H, int8 in itertools.product(dtypes, heads, (False, True)):
+        progress(f"checking latents, {dtype}, {H} heads")
+        inputs = latent_inputs(lens, H, dtype, device, int8)
+        q, part, k, batch, scale, m, _, *scales = inputs
+        exact = latent.attend_to_latents(q.double(), linear.Part(part.weight.double()), k.double(), batch, scale, m,
+                                         "naive", *scales)
+        error = (latent.attend_to_latents(*inputs) - exact).abs().max().item() / TOLERANCE[dtype]
+        if not error < 1:
+            sys.exit(f"bench.py: latents, {dtype}, {H} heads{', int8' * int8}: the largest error is {error:.1f} times "
+                     "what the dtype allows")
+        worst = max(worst, error)
+    progress("")
+    print(f"Latent attention equals the float64 definition; the largest error is {worst:.0%} of what the dtype allows.")
+
+
+def time_latents(device: torch.device, dtype: torch.dtype, loads: list[tuple[int, int, int]], bandwidth: float,
+                 peak: float, H: int = 128):
+    """loads: (requests, tokens of each, context of each)."""
+    rows, m = [], config_of("deepseek-v3").latent
+    for B, n, T in loads:
+        progress(f"latents {B} x {n} of {T}")
+        moved, c = B * T * (m.rank + m.rotary) * dtype.itemsize, config_of("deepseek-v3")
+        each = attention_flops(c, n, T - n) / c.H + 2 * n * m.rank * (m.plain + m.value)   # of a head
+        operations = B * H * each
+        sets = cold(partial(latent_inputs, [(n, T - n)] * B, H, dtype, device), moved)
+        seconds = gpu_seconds([partial(latent.attend_to_latents, *s) for s in sets])
+        rows.append([f"{B} x {n} of {T}", f"{seconds * 1e6:.0f} us", f"{moved / seconds / 1e12:.2f} TB/s",
+                     f"{moved / seconds / bandwidth:.0%}", f"{operations / seconds / 1e12:.0f} TFLOP/s",
+                     f"{operations / seconds / peak:.0%}"])
+    print_table(f"Latent attention, requests x tokens of their context, {dtype}, {H} heads",
+                ["", "time", "latents read at", "of the copy", "rate", "of the product"], rows,
+                "What K_h and V_h cost is in the time and the rate.")
 
 
 def cold(make: Callable[[], list], moved: float) -> list[list]:
@@ -1227,6 +1271,9 @@ def show_measured():
     time_prefill(device, dtype, (2048, 8192, 16384), peak)
     neighbours = [(B, 8192) for B in (1, 2, 3, 4, 7, 8, 9, 12, 15, 16, 17, 24, 32)]   # a cliff would show
     time_decode(device, dtype, [(1, 131072), (8, 16384), (64, 4096), *neighbours], bandwidth)
+    check_latents(device, [(1, 700), (1, 0), (1, 3000), (5, 2000), (16, 9), (77, 0), (20, 900), (300, 500)])
+    time_latents(device, dtype, [(1, 1, 131072), (8, 1, 16384), (64, 1, 4096), (64, 2, 4096), (1, 8192, 8192)],
+                 bandwidth, peak)
     check_products(device, [(1, 70, 300), (16, 2048, 2048), (30, 4100, 1000), (100, 72, 264), (512, 2048, 2048)])
     time_products(device, [(2048, 2048), (3072, 2048), (16384, 2048), (2048, 8192), (128256, 2048)], bandwidth, peak)
     time_texts(("gpt2", "llama-8b"), bandwidth)

@@ -128,7 +128,8 @@ def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
     (_, H, D), K = q_THD.shape, len(k_KNSD)
 
     def attend(call: Call) -> Tensor:
-        k_BKTD, v_BKTD = call.read(k_KNSD), call.read(v_KNSD)
+        k_BKTD = call.read(k_KNSD)
+        v_BKTD = k_BKTD if v_KNSD is k_KNSD else call.read(v_KNSD)
         if k_scale_KNS is not None:
             k_BKTD = k_BKTD.to(q_THD.dtype).mul_(call.read(k_scale_KNS[..., None]))
             v_BKTD = v_BKTD.to(q_THD.dtype).mul_(call.read(v_scale_KNS[..., None]))
@@ -646,5 +647,4 @@ def check(backend: str, device: torch.device, dtype: torch.dtype, H: int, K: int
     if INTERPRETED and dtype == torch.bfloat16:
         raise ValueError("Triton's interpreter multiplies bfloat16 wrongly: use float32, float16 or attention='torch'")
     if device.type == "cpu" and not INTERPRETED:
-        raise ValueError("attention='triton' on a CPU needs Triton's interpreter: set TRITON_INTERPRET=1 "
-                         "before anything imports triton")
+        raise ValueError("attention='triton' on a CPU needs TRITON_INTERPRET=1, set before anything imports triton")

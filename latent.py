@@ -1,10 +1,10 @@
 """Latent attention: a token leaves one small vector behind, of which every head makes its own key and value.
-(Read kernels.py first, and `Model.latent_attention` in model.py beside it.)
+(Read kernels.py first, and `Model.attend_to_latents` in model.py beside it.)
 
 A decode reads the keys and values of all tokens before it. With 128 heads of 128 numbers each that is 32,768 numbers
 per token and layer. GQA lets query heads share them. Multi-head latent attention (MLA; DeepSeek-V2, 2024, section 2.1)
-keeps one latent c of Z = 512 numbers in their place, and two matrices per head widen it. Only a rotary key r of P = 64
-numbers, which all heads share, stands beside it, since a rotation cannot be had from a latent. 576 numbers in all:
+keeps one latent c of Z = 512 numbers in their place, and two matrices per head widen it. Beside it stands a rotary key
+r of P = 64 numbers, which all heads share: RoPE has no place in the latent, as you will see. 576 numbers in all:
 
     in the pool       [c, r]           one KV head of D = Z + P numbers, and no V
     key of head h     [K_h c, r]       U + P = 128 + 64 numbers, the unrotated and the rotary ones; K_h is [U, Z]
@@ -14,9 +14,11 @@ Nobody has to make these keys and values. A query [q, s] of head h has the score
 
     q . (K_h c) + s . r  =  (K_h^T q) . c  +  s . r        and the answer        sum of p V_h c  =  V_h (sum of p c)
 
-so K_h can go to the query, and V_h to the answer: they are absorbed. What attends then is G = H query rows of D numbers
-to a single KV head, the pool as it is, and V is the first Z columns of K. Or the keys are widened for all heads, and
-attended to as ever. Both give the same; for n tokens that see L keys, n L pairs or less, they cost, in operations:
+so K_h can go to the query, and V_h to the answer: they are absorbed. (A rotation by the key's position, between K_h and
+q, could not be: it differs from key to key. So r carries all of the positions.) What attends then is G = H query rows
+of D numbers to a single KV head, the pool as it is, and V is the first Z columns of K. Or the keys are widened for all
+heads, and attended to as ever. Both give the same; for n tokens that see L keys, n L pairs or less, they cost, in
+operations:
 
     absorbed     2 H Z (U + W) per token,   2 H (2 Z + P) per pair       DeepSeek: 131,072 x 2 H,  1,088 x 2 H
     widened      2 H Z (U + W) per key,     2 H (U + P + W) per pair               131,072 x 2 H,    320 x 2 H
@@ -27,7 +29,7 @@ long past, the two meet where n (1,088 - 320) is 131,072: at 171 tokens. `wideni
 
 The lesson in numbers: an absorbed decode reads 1,152 bytes of a key in bfloat16 and does 128 x 2,176 operations with
 them, 242 per byte, where GQA with G = 4 does 4. An H100 does 295 operations while a byte arrives: MLA spends nearly all
-of the arithmetic that a decode would leave idle, and a verification of two drafts is bound by arithmetic.
+of the arithmetic that a decode would leave idle, and a verification of a single draft is bound by arithmetic.
 """
 
 from __future__ import annotations
@@ -50,14 +52,14 @@ WIDENED = 256 << 20   # bytes of keys and values that are widened at a time; so 
 
 
 def attend_to_latents(q_THF: Tensor, part: Part, k_KNSD: Tensor, batch: Batch, scale: float, m: Latent, backend: str,
-           k_scale_KNS: Tensor | None = None) -> Tensor:
+                      k_scale_KNS: Tensor | None = None) -> Tensor:
     """Attention of queries [T, H, U + P], rotated, to the latents in the pool, [1, N, S, Z + P]; [T, H, W].
 
     part: K_h and V_h of all heads, one head below the other: its weight is [H (U + W), Z], a float.
     """
-    H, up_HFZ = q_THF.shape[1], part.weight.view(-1, m.plain + m.value, m.rank)
-    out_THW = q_THF.new_empty(len(q_THF), H, m.value)
-    for way in batch.once("latent", lambda: plan(batch, k_KNSD.shape[2], m)):
+    S, up_HFZ = k_KNSD.shape[2], part.weight.view(-1, m.plain + m.value, m.rank)
+    out_THW = q_THF.new_empty(*q_THF.shape[:2], m.value)
+    for way in batch.once("latent", lambda: plan(batch, S, m)):
         q = q_THF[way.rows]
         if way.slots_L is None:
             out_THW[way.rows] = attend_absorbed(q, up_HFZ, k_KNSD, way.batch, scale, m, backend, k_scale_KNS)
@@ -65,8 +67,7 @@ def attend_to_latents(q_THF: Tensor, part: Part, k_KNSD: Tensor, batch: Batch, s
             latents_LD = k_KNSD.flatten(0, 2)[way.slots_L]
             if k_scale_KNS is not None:
                 latents_LD = (latents_LD * k_scale_KNS.flatten()[way.slots_L, None]).to(q.dtype)
-            out_THW[way.rows] = attend_widened(q, up_HFZ, latents_LD, way.batch, k_KNSD.shape[2], scale,
-                                               m, backend)
+            out_THW[way.rows] = attend_widened(q, up_HFZ, latents_LD, way.batch, S, scale, m, backend)
     return out_THW
 
 
@@ -89,24 +90,20 @@ def plan(batch: Batch, S: int, m: Latent) -> list[Way]:
     pays = [widening_pays(len(chunk.tokens), chunk.start, m) for chunk in batch.chunks]
     if not any(pays):
         return [Way(slice(None), batch, None)]
-    device, ways = batch.memory.device, []
-    for widened in False, True:
-        chosen = [b for b, answer in enumerate(pays) if answer is widened]
-        if not chosen:
-            continue
-        rows = torch.cat([torch.arange(batch.starts[b], batch.starts[b + 1]) for b in chosen]).to(device)
-        chunks = [batch.chunks[b] for b in chosen]
-        if not widened:
-            ways.append(Way(rows, make_batch(chunks, S, device, batch.block_tables_UM), None))
-            continue
-        blocks_L = torch.tensor(sum((chunk.blocks[:-(-batch.lens[b] // S)] for b, chunk in zip(chosen, chunks)), []))
-        slots_L = (blocks_L[:, None] * S + torch.arange(S)).flatten()
-        counted, first = [], 0
-        for b, chunk in zip(chosen, chunks):
-            count = -(-batch.lens[b] // S)
-            counted.append(Chunk(chunk.tokens, chunk.start, list(range(first, first + count)), chunk.logits))
-            first += count
-        ways.append(Way(rows, make_batch(counted, S, device), slots_L.to(device)))
+    absorbed, widened = ([b for b, answer in enumerate(pays) if answer == wanted] for wanted in (False, True))
+    device = batch.memory.device
+
+    def rows_of(requests: list[int]) -> Tensor:
+        return torch.cat([torch.arange(*batch.starts[b:b + 2]) for b in requests]).to(device)
+    slots, chunks = [], []
+    for b in widened:
+        chunk, count, first = batch.chunks[b], -(-batch.lens[b] // S), len(slots) // S
+        slots += [block * S + offset for block in chunk.blocks[:count] for offset in range(S)]
+        chunks.append(Chunk(chunk.tokens, chunk.start, list(range(first, first + count))))
+    ways = [Way(rows_of(widened), make_batch(chunks, S, device), torch.tensor(slots, device=device))]
+    if absorbed:
+        chunks = [batch.chunks[b] for b in absorbed]
+        ways.append(Way(rows_of(absorbed), make_batch(chunks, S, device, batch.block_tables_UM), None))
     return ways
 
 

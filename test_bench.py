@@ -256,7 +256,7 @@ def test_every_formula_of_the_estimate_gives_its_value(shape, T, peak, bandwidth
             total += product
         return total
     for name, (formula, value) in rows.items():
-        if name in ("its intensity", "prefill tokens/s", "prefill over decode, per token", "bound on TPS at batch 1",
+        if name in ("its intensity", "attention's own intensity", "prefill tokens/s", "prefill over decode, per token", "bound on TPS at batch 1",
                     "weights that a token meets") or "least time" in name or "TTFT" in name or "balance" in name:
             continue   # quotients and values whose unit is the formula's
         number, unit = value.split()
@@ -791,6 +791,16 @@ def test_the_measurements_of_a_gpu_run_to_their_end(poisoned, monkeypatch, capsy
     bound = 1e9 / step_cost(config_of("tiny"), [(1, 300)], torch.empty(0, dtype=linear.DTYPES[texts["rows"][0][0].split()[1]]).itemsize).bytes
     assert texts["rows"][0][2] == f"{bound:.0f}" and int(texts["rows"][0][1]) > 0
     assert texts["rows"][1] == ["huge", "does not fit", "-", "-"]
+
+    capsys.readouterr()
+    bench.check_latents(device, [(1, 70), (5, 3), (20, 0)], (torch.float16,), (2,))
+    assert "Latent attention equals the float64 definition" in capsys.readouterr().out
+    bench.TABLES.clear()
+    bench.time_latents(device, torch.float16, [(1, 1, 100), (2, 2, 100)], 1e9, 1e12, H=2)
+    (latents,) = bench.TABLES
+    assert [row[0] for row in latents["rows"]] == ["1 x 1 of 100", "2 x 2 of 100"]
+    if DEVICE == "cpu":   # in a millisecond, 100 x 576 x 2 bytes; 2 heads x 100 keys x 2,176 and 2 x 2 x 131,072 operations
+        assert latents["rows"][0][1:4] == ["1000 us", "0.00 TB/s", "12%"]
 
     capsys.readouterr()
     bench.check_products(device, [(1, 20, 300), (17, 70, 40), (40, 16, 130)])

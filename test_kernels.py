@@ -430,7 +430,7 @@ def test_what_a_kernel_cannot_do_is_refused_by_name(monkeypatch, change, words):
     with pytest.raises(ValueError, match=words):
         kernels.check(**asked | dict(device=torch.device(asked["device"])))
     if capability > 80 and asked["device"] == "cuda":
-        kernels.check("triton", torch.device("cuda"), torch.float16, 32, 8, 128, 16)
+        kernels.check("triton", torch.device("cuda"), torch.float16, 32, 8, 128)
 
 
 @pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
