@@ -230,3 +230,205 @@ def test_tokens_do_not_depend_on_where_prefill_and_decode_run_and_who_dies(
                     assert all(abs(mine[t] - theirs[t]) < 1e-3 for t in mine.keys() & theirs.keys())
                 assert sample.logprobs is None or len(sample.logprobs) == n
         check_nothing_is_left(front)
+
+
+def test_a_prompt_that_another_one_begins_with_is_sent_once(lone, monkeypatch):
+    folder, prompts, expected = lone["llama"]
+    world = World(random.Random(5), 0)
+    front = make_front(monkeypatch, world, folder, 1, 1, block_size=8, num_blocks=60)
+    prompt = prompts[7]   # 59 tokens: 7 blocks that are full, and one that is not
+    outs = front.generate([prompt] * 2, SamplingParams(max_tokens=4, n=3))
+    world.settle(front)
+    stats, pool = front.stats(), front.workers[1].llm.pool
+    block = sum(memory[:, :, 0].nbytes for memory in pool.memory)
+    assert all(sample.token_ids == expected[7][:4] for out in outs for sample in out.samples)
+    assert stats["sent_bytes"] == (7 + 6) * block and stats["moving"] == 0
+    assert stats["computed_tokens"] == 59 + 3 + 6 * 3, "the second prompt found the first; none is computed where it decodes"
+    check_nothing_is_left(front)
+
+
+def test_finished_prompts_wait_in_their_blocks_while_nobody_has_room(lone, monkeypatch):
+    folder, prompts, expected = lone["llama"]
+    world = World(random.Random(1), 0)
+    front = make_front(monkeypatch, world, folder, 1, 1, block_size=8, num_blocks=11, prefix_cache=False)
+    ids = [front.add(prompts[i], SamplingParams(max_tokens=12)) for i in (2, 5, 6, 8)]
+    outputs, most = [front.requests[i].output for i in ids], 0
+    decode = front.workers[1].llm
+    while front.requests:
+        front.step()
+        most = max(most, len(front.workers[0].llm.scheduler.moving))
+        assert not decode.scheduler.running or decode.computed_tokens == decode.steps or decode.scheduler.preemptions
+    assert [out.token_ids for out in outputs] == [expected[i][:12] for i in (2, 5, 6, 8)] and most > 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Processes
+
+MODULE = """
+def no_e(token_ids, logits_V):
+    logits_V[101] = -1e9
+    return logits_V
+"""
+PROMPTS = ["The cat sat", "Once upon a time", "One day, Tom went to the park. " * 12, "The dog", "Once upon a time, Tom"]
+MANY = [SamplingParams(max_tokens=60), SamplingParams(max_tokens=40, temperature=0.8, seed=3, n=2, logprobs=2),
+        SamplingParams(max_tokens=300), SamplingParams(max_tokens=90, temperature=1.2, top_k=20, seed=9),
+        SamplingParams(max_tokens=200, stop=("girl", "boy"))]
+
+
+def is_there(pid):
+    """Whether a process lives; one that is dead and not yet waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def assert_gone(pids):
+    end = time.monotonic() + 30
+    while any(map(is_there, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    left = [pid for pid in pids if is_there(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert pids and not left
+
+
+@pytest.fixture(scope="module")
+def demo():
+    llm = LLM(HERE / "demo/llama", device="cpu", dtype="float32")
+    return llm, llm.generate(PROMPTS, MANY)
+
+
+def assert_same(outs, expected):
+    for out, other in zip(outs, expected, strict=True):
+        for mine, theirs in zip(out.samples, other.samples, strict=True):
+            assert {name: getattr(mine, name) for name in SAME} == {name: getattr(theirs, name) for name in SAME}
+            assert mine.ttft > 0 and (mine.tps > 0 or len(mine.token_ids) == 1)
+            assert [list(p) for p in mine.logprobs or ()] == [list(p) for p in theirs.logprobs or ()]
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("module")
+    (folder / "processors.py").write_text(MODULE)
+    sys.path.insert(0, str(folder))
+    with Disaggregated(HERE / "demo/llama", device="cpu", dtype="float32", num_blocks=70) as front:
+        yield front
+    sys.path.remove(str(folder))
+    assert_gone([worker.process.pid for worker in front.workers])
+
+
+def test_processes_write_what_one_process_writes(front, demo):
+    llm, expected = demo
+    assert_same(front.generate(PROMPTS, MANY), expected)
+    stats = front.stats()
+    assert stats["sent_bytes"] > 0 < stats["sent_seconds"] and stats["blocks"] == 140
+    assert stats["blocks_referenced"] == stats["running"] == stats["waiting"] == stats["moving"] == 0
+    assert "".join(front.stream(PROMPTS[3], MANY[3])) == expected[3].text
+    unseeded = SamplingParams(temperature=1.5, max_tokens=30)
+    assert front.generate("The", unseeded)[0].token_ids != front.generate("The", unseeded)[0].token_ids
+
+
+def test_processes_end_who_is_aborted_and_nobody_else(front, demo):
+    ids = [front.add(*one) for one in zip(PROMPTS, MANY)]
+    outputs = [front.requests[i].output for i in ids]
+    while len(outputs[2].token_ids) < 5:
+        front.step()
+    front.abort(ids[2])
+    front.abort(ids[1])
+    late = front.add("The dog")
+    front.abort(late)
+    while front.requests:
+        front.step()
+    assert [out.finish_reason for out in outputs[2].samples + outputs[1].samples] == ["abort"] * 3
+    assert outputs[2].token_ids == demo[1][2].token_ids[:len(outputs[2].token_ids)]
+    for i in (0, 3, 4):
+        assert_same([outputs[i]], [demo[1][i]])
+    deadline = time.monotonic() + 20
+    while front.stats()["blocks_referenced"] and time.monotonic() < deadline:
+        pass
+    assert front.stats()["blocks_referenced"] == 0
+
+
+def test_a_request_that_cannot_run_harms_nobody(front, demo):
+    import processors
+    ghost = type(sys)("ghost")
+    exec("def never(ids, logits): return logits", ghost.__dict__)
+    sys.modules["ghost"] = ghost
+    try:
+        params = [SamplingParams(logits_processor=processors.no_e, max_tokens=20), SamplingParams(logits_processor=lambda i, x: x),
+                  SamplingParams(logits_processor=ghost.never, n=2), MANY[0], MANY[0], MANY[0]]
+        outs = front.generate(["The cat sat", "The", "The", "", PROMPTS[0], [5000]], params)
+    finally:
+        del sys.modules["ghost"]
+    (processed,) = demo[0].generate(["The cat sat"], params[0])
+    assert_same([outs[0], outs[4]], [processed, demo[1][0]])
+    assert "logits_processor cannot travel" in outs[1].error and "prompt is empty" in outs[3].error
+    assert all("logits_processor: a worker process cannot load it (ModuleNotFoundError" in s.error for s in outs[2].samples)
+    assert "outside the vocabulary" in outs[5].error
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(prefill=0), "prefill is 0"), (dict(decode=1.5), "decode is 1.5"), (dict(block_size=0), "block_size is 0"),
+    (dict(model="/nowhere"), "/nowhere"), (dict(weights={}), "weights cannot be shared"), (dict(dtype="int3"), "int3")])
+def test_options_that_make_no_sense_are_refused_in_one_sentence(arguments, words):
+    with pytest.raises(ValueError, match=words) as error:
+        Disaggregated(**dict(model=HERE / "demo/llama", device="cpu") | arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_whoever_is_killed_the_tokens_are_the_same_until_nobody_is_left(demo):
+    llm, expected = demo
+    with Disaggregated(HERE / "demo/llama", 2, 2, device="cpu", dtype="float32", num_blocks=70) as front:
+        pids = [worker.process.pid for worker in front.workers]
+        for n, (victim, stopped) in enumerate([(2, False), (0, True), (3, True)]):
+            outputs = [front.requests[front.add(*one)].output for one in zip(PROMPTS, MANY)]
+            if stopped:   # it stands still, perhaps in a transfer, before it dies
+                os.kill(pids[victim], signal.SIGSTOP)
+            for _ in range(5 * n):
+                if front.requests and not stopped:
+                    front.step()
+            known = [list(out.token_ids) for out in outputs]
+            os.kill(pids[victim], signal.SIGKILL)
+            while front.requests:
+                front.step()
+            assert all(out.token_ids[:len(before)] == before for out, before in zip(outputs, known))
+            assert_same(outputs, expected)
+        assert [worker.alive for worker in front.workers] == [False, True, False, False]
+        first = front.requests[front.add(PROMPTS[2], MANY[2])].output
+        while len(first.token_ids) < 3:
+            front.step()
+        os.kill(pids[1], signal.SIGKILL)
+        (second,) = front.generate("The", MANY[0])
+        assert first.finish_reason == second.finish_reason == "error" and first.error == second.error
+        assert first.error.startswith("no worker process is left (prefill: signal 9, ") and front.stats() == dict(moving=0)
+    assert_gone(pids)
+
+
+def child_of(code):
+    """A Python process that runs the code with a front, and the processes of its workers."""
+    text = f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+from distributed import Disaggregated, SamplingParams
+front = Disaggregated({str(HERE / "demo/llama")!r}, device="cpu", dtype="float32")
+print(*[worker.process.pid for worker in front.workers], flush=True)
+""" + textwrap.dedent(code)
+    process = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return process, list(map(int, process.stdout.readline().split()))
+
+
+def test_no_process_outlives_its_front():
+    forever = "while True: front.generate(['The cat'] * 8, SamplingParams(max_tokens=900, ignore_eos=True))"
+    killed, interrupted, fails = child_of(forever), child_of(forever), child_of("front.add('The')\n1 / 0")
+    time.sleep(0.3)
+    killed[0].send_signal(signal.SIGKILL)
+    interrupted[0].send_signal(signal.SIGINT)
+    for process, pids in (killed, interrupted, fails):
+        process.wait(60)
+        assert len(pids) == 2
+        assert_gone(pids)
+    front = Disaggregated(HERE / "demo/llama", device="cpu", dtype="float32")
+    pids = [worker.process.pid for worker in front.workers]
+    assert all(map(is_there, pids))
+    del front
+    assert_gone(pids)
