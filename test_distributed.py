@@ -379,29 +379,30 @@ def test_options_that_make_no_sense_are_refused_in_one_sentence(arguments, words
 
 def test_whoever_is_killed_the_tokens_are_the_same_until_nobody_is_left(demo):
     llm, expected = demo
-    with Disaggregated(HERE / "demo/llama", 2, 2, device="cpu", dtype="float32", num_blocks=70) as front:
-        pids = [worker.process.pid for worker in front.workers]
-        for n, (victim, stopped) in enumerate([(2, False), (0, True), (3, True)]):
-            outputs = [front.requests[front.add(*one)].output for one in zip(PROMPTS, MANY)]
-            if stopped:   # it stands still, perhaps in a transfer, before it dies
-                os.kill(pids[victim], signal.SIGSTOP)
-            for _ in range(5 * n):
-                if front.requests and not stopped:
-                    front.step()
-            known = [list(out.token_ids) for out in outputs]
-            os.kill(pids[victim], signal.SIGKILL)
-            while front.requests:
+    front = Disaggregated(HERE / "demo/llama", 2, 2, device="cpu", dtype="float32", num_blocks=70)
+    pids = [worker.process.pid for worker in front.workers]
+    for n, (victim, stopped) in enumerate([(2, False), (0, True), (3, True)]):
+        outputs = [front.requests[front.add(*one)].output for one in zip(PROMPTS, MANY)]
+        if stopped:   # it stands still, perhaps in a transfer, before it dies
+            os.kill(pids[victim], signal.SIGSTOP)
+        for _ in range(5 * n):
+            if front.requests and not stopped:
                 front.step()
-            assert all(out.token_ids[:len(before)] == before for out, before in zip(outputs, known))
-            assert_same(outputs, expected)
-        assert [worker.alive for worker in front.workers] == [False, True, False, False]
-        first = front.requests[front.add(PROMPTS[2], MANY[2])].output
-        while len(first.token_ids) < 3:
+        known = [list(out.token_ids) for out in outputs]
+        os.kill(pids[victim], signal.SIGKILL)
+        while front.requests:
             front.step()
-        os.kill(pids[1], signal.SIGKILL)
-        (second,) = front.generate("The", MANY[0])
-        assert first.finish_reason == second.finish_reason == "error" and first.error == second.error
-        assert first.error.startswith("no worker process is left (prefill: signal 9, ") and front.stats() == dict(moving=0)
+        assert all(out.token_ids[:len(before)] == before for out, before in zip(outputs, known))
+        assert_same(outputs, expected)
+    assert [worker.alive for worker in front.workers] == [False, True, False, False]
+    first = front.requests[front.add(PROMPTS[2], MANY[2])].output
+    while len(first.token_ids) < 3:
+        front.step()
+    os.kill(pids[1], signal.SIGKILL)
+    (second,) = front.generate("The", MANY[0])
+    assert first.finish_reason == second.finish_reason == "error" and first.error == second.error
+    assert first.error.startswith("no worker process is left (prefill: signal 9, ") and front.stats() == dict(moving=0)
+    del front
     assert_gone(pids)
 
 
@@ -419,16 +420,11 @@ print(*[worker.process.pid for worker in front.workers], flush=True)
 
 def test_no_process_outlives_its_front():
     forever = "while True: front.generate(['The cat'] * 8, SamplingParams(max_tokens=900, ignore_eos=True))"
-    killed, interrupted, fails = child_of(forever), child_of(forever), child_of("front.add('The')\n1 / 0")
+    killed, interrupted = child_of(forever), child_of(forever)
     time.sleep(0.3)
     killed[0].send_signal(signal.SIGKILL)
     interrupted[0].send_signal(signal.SIGINT)
-    for process, pids in (killed, interrupted, fails):
+    for process, pids in (killed, interrupted):
         process.wait(60)
         assert len(pids) == 2
         assert_gone(pids)
-    front = Disaggregated(HERE / "demo/llama", device="cpu", dtype="float32")
-    pids = [worker.process.pid for worker in front.workers]
-    assert all(map(is_there, pids))
-    del front
-    assert_gone(pids)
