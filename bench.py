@@ -431,9 +431,10 @@ def disaggregate(args: argparse.Namespace):
 
     with Disaggregated(lab.source, 1, 1, lab.device.type, lab.llm.dtype, **options) as apart:
         ways = {f"one, chunks of {n}": (lab.engine(max_batched_tokens=n), 0) for n in sizes}
-        compare(f"Prompts of {length} tokens arrive among six that are decoding", ways | {"prefill and decode": (apart, 0)},
-                arrivals, "Apart, no prompt is in the step of a decode, so its gaps stay short. But each of the two "
-                "computes with a part of the machine, and a prompt's K and V must move before its second token.")
+        ways["prefill and decode"] = apart, 0
+        compare(f"Prompts of {length} tokens arrive among six that are decoding", ways, arrivals,
+                "Apart, no prompt is in the step of a decode, so its gaps stay short. But each of the two computes "
+                "with a part of the machine, and a prompt's K and V must move before its second token.")
         stats = apart.stats()
     size, seconds = stats["sent_bytes"], stats["sent_seconds"]
     print(f"\nIn all turns {size / 1e6:.1f} MB of K and V were sent from one process to the other; they travelled for "
@@ -441,8 +442,9 @@ def disaggregate(args: argparse.Namespace):
     print_table("When it pays: Llama 3 8B in bfloat16 between two H100s, on paper",
                 ["tokens", "MB of K, V", "prefill ms", *(f"{name} {unit}" for name in LINKS for unit in ("ms", "%"))],
                 handing_over(config_of("llama-3-8b"), HARDWARE["h100"], (512, 2048, 8192)),
-                "NVLink moves 450 GB/s one way, Ethernet of 400 Gbit 50 GB/s. %: of the time in which the prompt is computed. "
-                "Far below 100, its K and V are there long before the next prompt is computed, and the link is no limit.")
+                "NVLink moves 450 GB/s one way, Ethernet of 400 Gbit 50 GB/s. %: of the time in which the prompt is "
+                "computed. Far below 100, its K and V are there long before the next prompt is computed, and the link "
+                "is no limit.")
 
 
 WAYS = {"greedy": {}, "temperature 0.8": {}, "top-k 50": dict(top_k=50), "top-k 1000": dict(top_k=1000),

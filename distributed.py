@@ -142,13 +142,15 @@ class Worker:
             self.offers.append((job.number, source))
 
     def hand_over(self, number: int, target: int, skip: int):
-        """Send the blocks of a request that was set aside, all but so many. If it is not here any more, say so: somebody
-        waits for them."""
-        blocks = None
+        """Send the blocks of a request that was set aside, all but so many. If it is not here any more, say so, as
+        somebody waits for them."""
+        blocks, link = None, self.links[target]
         if number in self.told:
             request, self.moving[number] = self.llm.requests[number], target
             blocks = request.table.blocks[skip:self.llm.pool.blocks_for(request.computed)]
-        self.links[target].send(number, blocks)
+        link.send(number, blocks)
+        if link.broken:   # and nobody listens
+            self.broken(target)
 
     def abort(self, number: int):
         if number in self.moving:

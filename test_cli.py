@@ -305,7 +305,7 @@ def test_readme_shows_what_its_commands_print(capsys, monkeypatch, tmp_path):
                 assert cli.main([*arguments, str(tmp_path / "chart.svg")]) == 0
                 assert (tmp_path / "chart.svg").read_text("utf-8") == (HERE / "docs/timeline.svg").read_text("utf-8")
                 capsys.readouterr()
-    assert shown == 2
+    assert shown == 3
     for language, code in found:
         if language == "python":
             exec(code, {})
