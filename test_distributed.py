@@ -247,6 +247,44 @@ def test_tokens_do_not_depend_on_where_prefill_and_decode_run_and_who_dies(
         check_nothing_is_left(front)
 
 
+@pytest.mark.parametrize("event", ["abort", "prefill dies", "decode dies"])
+@pytest.mark.parametrize("moment", ["computed", "offered", "taken", "ordered", "sent"])
+def test_at_every_moment_of_a_move_anything_may_happen(lone, monkeypatch, moment, event):
+    folder, prompts, expected = lone["llama"]
+    world = World(random.Random(0), 0)
+    front = make_front(monkeypatch, world, folder, 1, 1, block_size=8, num_blocks=40)
+    out = front.requests[front.add(prompts[4], SamplingParams(max_tokens=9))].output
+    front._assign()
+    prefill, decode = front.workers
+    while not prefill.said:
+        prefill.act()
+    hear = lambda: front._hear([prefill.connection, decode.connection])
+    if moment != "computed":
+        hear()
+        assert decode.heard[0][0] == "offer"
+    if moment not in ("computed", "offered"):
+        decode.act()
+        decode.act()
+        assert decode.said[0][0] == "taken"
+    if moment in ("ordered", "sent"):
+        hear()
+        prefill.act()
+        assert prefill.worker.links[1].orders
+    if moment == "sent":
+        prefill.worker.links[1].deliver()
+    if event == "abort":
+        front.abort(out.id)
+    else:
+        dead = prefill if event == "prefill dies" else decode
+        dead.dead = True
+        world.cut(prefill, decode)
+    while front.requests:
+        front.step()
+    world.settle(front)
+    assert event == "abort" or (out.token_ids, out.finish_reason) == (expected[4][:9], "length")
+    check_nothing_is_left(front)
+
+
 @pytest.mark.parametrize("kind", ["auto", "int8"])
 def test_a_link_moves_all_that_is_in_the_blocks(kind):
     pools = [KVPool(2, 3, 4, 9, 5, torch.int8 if kind == "int8" else torch.float32) for _ in range(2)]
