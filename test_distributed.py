@@ -195,7 +195,7 @@ PARAMS = st.builds(dict, max_tokens=st.integers(1, NEW), temperature=st.sampled_
                    n=st.sampled_from([1, 1, 1, 3]), logprobs=st.sampled_from([None, 1]))
 
 
-@settings(max_examples=100, report_multiple_bugs=False)
+@settings(max_examples=80, report_multiple_bugs=False)
 @given(data=st.data(), seed=st.integers(0, 2 ** 32), processes=st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 2), (2, 2)]),
        deaths=st.sampled_from([0, 0, 1, 2, 4]), spare=st.integers(0, 8), S=st.sampled_from([4, 8, 16]),
        options=st.fixed_dictionaries(dict(prefix_cache=st.booleans(), max_batched_tokens=st.sampled_from([7, 64]),
