@@ -433,22 +433,27 @@ class Disaggregated(LLM):
             if self.device.type == "cuda" and self.device.index is None:
                 device = f"cuda:{worker.rank % torch.cuda.device_count()}"
             worker.tell(model, dict(device=device, dtype=self.dtype, **options))
-        sizes, block_sizes, max_seqs = zip(*map(self._answer, self.workers))
+        sizes, block_sizes, max_seqs = zip(*self._answers())
         self.pool = SimpleNamespace(num_blocks=min(sizes), block_size=block_sizes[0])   # what holds for each of them
         self.scheduler = SimpleNamespace(max_seqs=min(max_seqs))
         for worker in self.workers:   # each in order of rank, so that nobody waits for who waits for it
             worker.tell(*((peer.rank, str(sorted((peer.rank, worker.rank))), store.port, worker.role == "prefill")
                           for peer in self.workers if peer.role != worker.role))
-        list(map(self._answer, self.workers))
+        self._answers()
 
-    def _answer(self, worker: Process) -> list:
-        try:
-            name, *what = worker.connection.recv()
-        except (EOFError, OSError):
-            raise RuntimeError(f"the {worker.role} worker ended before it had loaded the model") from None
-        if name == "failed":
-            raise what[0]
-        return what
+    def _answers(self) -> list[list]:
+        """One of each worker, in any order: who waits for a link to a dead one says nothing."""
+        answers = {}
+        while missing := [worker for worker in self.workers if worker not in answers]:
+            ready = wait([worker.connection for worker in missing])
+            for worker in [worker for worker in missing if worker.connection in ready]:
+                try:
+                    name, *answers[worker] = worker.connection.recv()
+                except (EOFError, OSError):
+                    raise RuntimeError(f"the {worker.role} worker ended before it had loaded the model") from None
+                if name == "failed":
+                    raise answers[worker][0]
+        return [answers[worker] for worker in self.workers]
 
     def __enter__(self) -> Disaggregated:
         return self

@@ -31,7 +31,7 @@ from paged_kv import KVPool
 from reference import NEW
 
 HERE = Path(__file__).parent
-SAME = dict.fromkeys(("text", "token_ids", "finish_reason", "error", "prompt_tokens"))
+SAME = "text", "token_ids", "finish_reason", "error", "prompt_tokens"
 
 
 # ---------------------------------------------------------------------------------------------
