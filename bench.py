@@ -6,6 +6,7 @@
     python bench.py traffic       the bytes of attention, naive and in tiles
     python bench.py estimate      all of this on paper, for a model and a machine that are not here
     python bench.py serve         continuous and static batching, chunked prefill, prefix cache, on the same requests
+    python bench.py disaggregate  prompts and decodes in one process and in two, and when two pay
     python bench.py sampling      what choosing tokens costs beside the rest of a decode step
     python bench.py quantization  what weights, keys and values in 8 bits gain, and what they lose
     python bench.py speculate     what drafts gain: how often they are right, and what it costs to verify them
@@ -58,11 +59,12 @@ import nanoserve
 from batch import Chunk, make_batch
 from config import Config, read_config
 from cli import check_writable, exit_status
+from distributed import Disaggregated
 from linear import DTYPES
 from nanoserve import LLM, SamplingParams
-from roofline import (HARDWARE, SHAPES, Ceiling, attention_flops, clock, config_of, cost_of, crossover, gpu_seconds,
-                      in_8_bits, in_turns, kv_bytes, layer_weights, machine, measured_ceiling, on_paper, ratio,
-                      step_cost, weight_bytes)
+from roofline import (HARDWARE, LINKS, SHAPES, Ceiling, attention_flops, clock, config_of, cost_of, crossover,
+                      gpu_seconds, handing_over, in_8_bits, in_turns, kv_bytes, layer_weights, machine,
+                      measured_ceiling, on_paper, ratio, step_cost, weight_bytes)
 from sampling import mix
 from speculate import NgramDrafter, Speculator, Times
 
@@ -414,6 +416,37 @@ def serve(args: argparse.Namespace):
     print(f"\nA decode step at batch 32 takes {step * 1e3:.2f} ms: the model {model / step:.1%}, choosing tokens "
           f"{choosing / step:.1%},\ndeciding who runs, building the batch and keeping the books "
           f"{1 - (model + choosing) / step:.1%}.")
+
+
+def disaggregate(args: argparse.Namespace):
+    """Long prompts arrive among requests that decode: in one process, and in two."""
+    lab, dice = Lab(args, ceiling=False), random.Random(0)
+    context, prompt = lab.config.context, partial(random_prompt, lab.config)
+    length, sizes = context - 200, sorted({min(64, (context - 200) // 4), 512})
+    pace = min(prefill_seconds(lab.llm, 1, length) for _ in range(5))
+    options = dict(prefix_cache=False, max_seqs=32)
+
+    def arrivals():
+        """Six who decode for as long as six long prompts come, one by one (Poisson), and have short answers."""
+        at = itertools.accumulate(dice.expovariate(1 / (1.5 * pace)) for _ in range(6))
+        return [(0.0, prompt(16), 180) for _ in range(6)] + [(start, prompt(length), 16) for start in at]
+
+    with Disaggregated(lab.source, 1, 1, lab.device.type, lab.llm.dtype, **options) as apart:
+        ways = {f"one, chunks of {n}": (lab.engine(max_batched_tokens=n), 0) for n in sizes}
+        ways["prefill and decode"] = apart, 0
+        compare(f"Prompts of {length} tokens arrive among six that are decoding", ways, arrivals,
+                "Apart, no prompt is in the step of a decode, so its gaps stay short. But each of the two computes "
+                "with a part of the machine, and a prompt's K and V must move before its second token.")
+        stats = apart.stats()
+    size, seconds = stats["sent_bytes"], stats["sent_seconds"]
+    print(f"\nIn all turns {size / 1e6:.1f} MB of K and V were sent from one process to the other; they travelled for "
+          f"{seconds:.2f} s,\nat {size / seconds / 1e9:.2f} GB/s.")
+    print_table("When it pays: Llama 3 8B in bfloat16 between two H100s, on paper",
+                ["tokens", "MB of K, V", "prefill ms", *(f"{name} {unit}" for name in LINKS for unit in ("ms", "%"))],
+                handing_over(config_of("llama-3-8b"), HARDWARE["h100"], (512, 2048, 8192)),
+                "NVLink moves 450 GB/s one way, Ethernet of 400 Gbit 50 GB/s. %: of the time in which the prompt is "
+                "computed. Far below 100, its K and V are there long before the next prompt is computed, and the link "
+                "is no limit.")
 
 
 WAYS = {"greedy": {}, "temperature 0.8": {}, "top-k 50": dict(top_k=50), "top-k 1000": dict(top_k=1000),
@@ -1297,8 +1330,8 @@ def kernels_command(args: argparse.Namespace):
 
 
 COMMANDS = {"phases": phases, "batch": batch, "cache": kv_cache, "traffic": traffic, "estimate": estimate,
-            "serve": serve, "sampling": sampling, "quantization": quantization, "speculate": speculate, "cpu": cpu,
-            "kernels": kernels_command}
+            "serve": serve, "disaggregate": disaggregate, "sampling": sampling, "quantization": quantization,
+            "speculate": speculate, "cpu": cpu, "kernels": kernels_command}
 
 
 def main(argv: list[str] | None = None) -> int:

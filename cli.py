@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from pathlib import Path
 if sys.argv and Path(sys.argv[0]).name == "nanoserve.py":   # Ctrl-C during the slow imports ends the process quietly
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from distributed import Disaggregated
 from nanoserve import LLM, SamplingParams
 from watch import Explanation, Timeline
 
@@ -62,6 +64,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "ngram, or the folder of a smaller model with the same vocabulary (default: nobody)")
     add("--num-speculative-tokens", type=int, default=4, metavar="N",
         help="guess at most N tokens per text and step (default: 4)")
+    add("--disaggregate", metavar="P:D", help="P processes for prompts and D for decodes, 1:1 say (default: neither)")
     add("--json", action="store_true", help="print one JSON object per text instead of the text itself")
     add("--timeline", nargs="?", const="", metavar="FILE.svg",
         help="then draw who ran in which step, and the pool; to the terminal, or as a picture")
@@ -104,13 +107,20 @@ def serve(args: argparse.Namespace) -> int:
         if not args.timeline.endswith(".svg"):
             raise ValueError(f"--timeline {args.timeline}: the picture's name must end in .svg")
         check_writable(Path(args.timeline))
+    if args.disaggregate and not re.fullmatch(r"[1-9]\d?:[1-9]\d?", args.disaggregate):
+        raise ValueError(f"--disaggregate {args.disaggregate}: give processes for prompts and for decodes, as in 1:1")
+    if args.disaggregate and (args.explain or args.timeline is not None):
+        raise ValueError("--timeline and --explain look at the steps of one process: leave --disaggregate out")
     prompts = read_prompts(args)
     params = SamplingParams(**{name: value for name, value in vars(args).items()
                                if name in SamplingParams.__dataclass_fields__ and value is not None})
-    llm = LLM(args.model, args.device, args.dtype, args.attention, args.block_size, args.num_blocks,
-              args.max_batched_tokens, args.max_seqs, quantization=args.quantization,
-              kv_cache_dtype=args.kv_cache_dtype, speculative_model=args.speculative_model,
-              num_speculative_tokens=args.num_speculative_tokens)
+    options = {name: getattr(args, name) for name in (
+        "device", "dtype", "attention", "block_size", "num_blocks", "max_batched_tokens", "max_seqs", "quantization",
+        "kv_cache_dtype", "speculative_model", "num_speculative_tokens")}
+    if args.disaggregate:
+        llm = Disaggregated(args.model, *map(int, args.disaggregate.split(":")), **options)
+    else:
+        llm = LLM(args.model, **options)
     if llm.device.type == "cuda":   # what is compiled, loaded and recorded once is no part of TTFT and TPS
         with suppress(ValueError):   # hardly room for a prompt
             llm.generate([[0, 0]], SamplingParams(max_tokens=2, ignore_eos=True))

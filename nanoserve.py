@@ -152,6 +152,7 @@ class Scheduler:
         self.pool, self.max_batched_tokens, self.max_seqs = pool, max_batched_tokens, max_seqs
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.moving: list[Request] = []   # they hold blocks and get no tokens, as distributed.py sends their K and V
         self.refused = False       # the first in the queue did not fit, and no block has been given back since
         self.usage = 1.0
         self.preemptions = self.reused_tokens = 0
@@ -199,24 +200,29 @@ class Scheduler:
 
     def _admit(self) -> Request | None:
         """Let the first in the queue run, with blocks for its whole prompt, if it can be expected to fit to its end."""
-        if not self.waiting or self.refused:
+        if not self.waiting or not self.find_room(self.waiting[0]):
             return None
-        request, pool = self.waiting[0], self.pool
-        if sum(len(r.siblings) for r in self.running) + len(request.siblings) > self.max_seqs:
-            return None
-        request.computed = pool.match(request.table, request.tokens)
-        expected = sum(map(self._expected_blocks, [*self.running, request]))
-        if self.running and expected > pool.available:
-            self.release(request)
-            self.refused = True
-            return None
-        fits = pool.grow(request.table, len(request.tokens), request.max_length)
-        assert fits, "it takes no more than was expected, or has the pool to itself"
+        request = self.waiting.popleft()
         self.reused_tokens += request.computed
         if not request.admitted:   # after a preemption it may find what it computed itself
             request.admitted, request.output.reused_tokens = True, request.computed
-        self.running.append(self.waiting.popleft())
+        self.running.append(request)
         return request
+
+    def find_room(self, request: Request) -> bool:
+        """Give the request blocks for its tokens, found ones first, if it can be expected to fit to its end."""
+        here, pool = self.running + self.moving, self.pool
+        if self.refused or sum(len(r.siblings) for r in here) + len(request.siblings) > self.max_seqs:
+            return False
+        request.computed = pool.match(request.table, request.tokens)
+        expected = sum(map(self._expected_blocks, [*here, request]))
+        if here and expected > pool.available:
+            self.release(request)
+            self.refused = True
+            return False
+        fits = pool.grow(request.table, len(request.tokens), request.max_length)
+        assert fits, "it takes no more than was expected, or has the pool to itself"
+        return True
 
     def _expected_blocks(self, request: Request) -> int:
         """Blocks that a request is expected to need beyond those that it holds, to its end.
@@ -263,7 +269,7 @@ class Scheduler:
         """Forget a request that has ended. If it came to its own end, learn how much of its allowance it used (a moving
         average)."""
         out = request.output
-        for queue in (self.running, self.waiting):
+        for queue in (self.running, self.waiting, self.moving):
             if request in queue:   # else it was to fork from one that was aborted
                 queue.remove(request)
                 break
@@ -384,6 +390,12 @@ class LLM:
     @uninterrupted
     def add(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> int:
         """Queue a prompt, text or token ids; returns the request's id. Raises ValueError if it can never run."""
+        first = self.siblings(prompt, params)[0]
+        self.scheduler.waiting.append(first)
+        return first.output.id
+
+    def siblings(self, prompt: str | list[int], params: SamplingParams, keys: list[int] | None = None) -> list[Request]:
+        """The n requests of a prompt, in no queue yet. keys: of their noise; None: by the seed."""
         tokens = self._tokens(prompt)
         room = min(self.config.context, self.pool.num_blocks * self.pool.block_size)
         if len(tokens) >= room:
@@ -393,18 +405,18 @@ class LLM:
         if params.n > self.scheduler.max_seqs:
             raise ValueError(f"n is {params.n} and {self.scheduler.max_seqs} requests may run at once: "
                              "raise max_seqs and max_batched_tokens")
+        keys = keys or [noise_key(params.seed, i) for i in range(params.n)]
         siblings, max_length, now = [], min(room, len(tokens) + params.max_tokens), time.perf_counter()
-        for i in range(params.n):
+        for i, key in enumerate(keys):
             out = Output(self.next_id + i, prompt_tokens=len(tokens), logprobs=None if params.logprobs is None else [])
             detokenize = self.tokenizer.decoder(tokens) if self.tokenizer else lambda token, last: ""
-            siblings.append(Request(list(tokens), params, max_length, out, noise_key(params.seed, i), detokenize, now))
+            siblings.append(Request(list(tokens), params, max_length, out, key, detokenize, now))
         for request in siblings:
             request.output.samples = [sibling.output for sibling in siblings]
         siblings[0].siblings = siblings
         self.requests |= {request.output.id: request for request in siblings}
         self.next_id += params.n
-        self.scheduler.waiting.append(siblings[0])
-        return siblings[0].output.id
+        return siblings
 
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):

@@ -209,6 +209,10 @@ class KVPool(KVMemory):
         self.drafted.discard(block)
         return block
 
+    def names(self, table: BlockTable, tokens: list[int], num_tokens: int) -> list[bytes]:
+        """What the index calls each full block of the first `num_tokens` tokens."""
+        return [self._digest(table, tokens, i) for i in range(num_tokens // self.block_size)]
+
     def _digest(self, table: BlockTable, tokens: list[int], i: int) -> bytes:
         """Name of everything up to the end of block i: its tokens chained to the digest before it."""
         if i == len(table.digests):

@@ -176,6 +176,19 @@ HARDWARE = {   # the makers' data sheets: dense operations per second in bfloat1
     "a100": Ceiling(312e12, 2.039e12), "h100": Ceiling(989e12, 3.35e12), "h200": Ceiling(989e12, 4.8e12),
     "rtx-4090": Ceiling(165e12, 1.008e12), "m3-max": Ceiling(28e12, 0.4e12)}
 
+LINKS = {"NVLink": 450e9, "Ethernet": 50e9}   # bytes per second one way: an H100's, and a card's of 400 Gbit
+
+
+def handing_over(c: Config, m: Ceiling, lengths: tuple[int, ...], itemsize: int = 2) -> list[list]:
+    """Whether a prompt may be computed on another machine (distributed.py): for each length MB of its K and V, least ms
+    to compute it, and for each of LINKS the ms in which they pass, also in % of those to compute it."""
+    rows = []
+    for T in lengths:
+        size, compute = T * kv_bytes(c, itemsize), m.seconds(step_cost(c, [(T, 0)], itemsize))
+        times = [(size / speed * 1e3, size / speed / compute * 100) for speed in LINKS.values()]
+        rows.append([T, size / 1e6, compute * 1e3, *(number for pair in times for number in pair)])
+    return rows
+
 
 def crossover(c: Config, ceiling: Ceiling, context: int, itemsize: int) -> str:
     """From which batch on a decode step has more operations than the machine does while its bytes arrive."""

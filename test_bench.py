@@ -164,6 +164,15 @@ def test_crossover_is_the_first_batch_that_is_bound_by_compute(shape, context, b
         assert bound(B + 1) == "compute" and (B <= 1 or bound(B - 1) == "memory"), said
 
 
+def test_a_prompt_pays_its_way_over_a_link_as_worked_out_by_hand():
+    """Llama 3 8B: 128 KiB of K and V per token. 2 x 6.98 G operations per token in layers, and 2 L H D T per token."""
+    rows = roofline.handing_over(config_of("llama-3-8b"), roofline.HARDWARE["h100"], (1000,))
+    flops = 2 * 1000 * (32 * (4096 * 6144 + 4096 ** 2 + 3 * 4096 * 14336)) + 2 * 128256 * 4096 + 2 * 32 * 4096 * 1000 * 1001
+    size, seconds = 1000 * 131072, flops / 989e12
+    assert rows == [[1000, pytest.approx(size / 1e6), pytest.approx(seconds * 1e3), *(
+        pytest.approx(x) for speed in (450e9, 50e9) for x in (size / speed * 1e3, size / speed / seconds * 100))]]
+
+
 def test_crossover_at_a_short_context_by_hand():
     """Two tokens of context: K and V are hardly there, and the weights want balance / 2 requests per 2 bytes."""
     c = config_of("llama-8b")
@@ -690,7 +699,7 @@ def test_quantization_measures_any_checkpoint_whose_tokenizer_writes_stories(tmp
         assert bench.stories_for(stand_in) == expected
 
 
-@pytest.mark.parametrize("command", ["phases", "batch", "cache", "traffic --tokens 512", "serve", "sampling", "quantization"])
+@pytest.mark.parametrize("command", ["phases", "batch", "cache", "traffic --tokens 512", "serve", "disaggregate", "sampling", "quantization"])
 def test_each_measurement_prints_a_narrow_table_and_writes_it_as_json(tmp_path, capsys, monkeypatch, command):
     monkeypatch.setattr(bench, "TABLES", [])
     monkeypatch.setattr(bench, "measured_ceiling", lambda device, dtype: Ceiling(4e11, 3e10))

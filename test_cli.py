@@ -102,6 +102,10 @@ def test_in_a_batch_only_the_prompt_at_fault_ends():
     (["--prompt", "x", "--speculative-model", str(HERE / "docs")], "config.json"),
     (["--prompt", "x", "--speculative-model", "ngram", "--num-speculative-tokens", "0"], "num_speculative_tokens is 0: it must be"),
     (["--prompt", "x", "--speculative-model", "ngram", "--num-speculative-tokens", "few"], "--num-speculative-tokens"),
+    (["--prompt", "x", "--disaggregate", "1"], "--disaggregate 1: give processes for prompts and for decodes, as in 1:1"),
+    (["--prompt", "x", "--disaggregate", "0:1"], "as in 1:1"), (["--prompt", "x", "--disaggregate", "1:1", "--explain"], "leave --disaggregate out"),
+    (["--prompt", "x", "--disaggregate", "1:1", "--model", "/nowhere"], "/nowhere"),
+    (["--prompt", "x", "--disaggregate", "1:1", "--num-blocks", "0"], "num_blocks is 0"),
     (["--prompts-file", "/nowhere/prompts"], "/nowhere/prompts"), (["--prompt", "x", "--prompts-file", "/"], "/"), (["--pompt", "x"], "--pompt"),
 ])
 def test_bad_input_ends_in_one_sentence_and_a_non_zero_exit(capfd, arguments, words):
@@ -301,7 +305,7 @@ def test_readme_shows_what_its_commands_print(capsys, monkeypatch, tmp_path):
                 assert cli.main([*arguments, str(tmp_path / "chart.svg")]) == 0
                 assert (tmp_path / "chart.svg").read_text("utf-8") == (HERE / "docs/timeline.svg").read_text("utf-8")
                 capsys.readouterr()
-    assert shown == 2
+    assert shown == 3
     for language, code in found:
         if language == "python":
             exec(code, {})
@@ -358,10 +362,9 @@ def test_worked_example_in_the_docstrings_is_true():
 # The house: one trade per room, and imports that point one way
 
 ENGINE = "paged_kv", "batch", "kernels", "model", "nanoserve"
-ON_TOP = "speculate",   # one more idea each; the loop asks them
-STANDS_ON = "device", "linear", "sampling", "config", "experts", "checkpoint", "tokenizer"
-WITHIN = "latent",   # an idea inside the model, made of kernels
-AROUND = "roofline", "watch", "cli", "bench"
+ROOMS = ("device", "linear", "sampling", "config", "experts", "checkpoint", "tokenizer",   # each imports only those before it
+         "paged_kv", "batch", "kernels", "latent", "model", "speculate", "nanoserve", "distributed",
+         "roofline", "watch", "cli", "bench")
 
 
 def imports_of(path):
@@ -377,7 +380,7 @@ def imports_of(path):
 
 def test_imports_point_one_way():
     seen = set()
-    for room in (*STANDS_ON, *ENGINE[:3], *WITHIN, *ENGINE[3:-1], *ON_TOP, *ENGINE[-1:], *AROUND):   # each imports only those before it
+    for room in ROOMS:
         found = imports_of(HERE / f"{room}.py")
         assert found <= seen, (room, found - seen)
         seen.add(room)
@@ -389,6 +392,6 @@ def test_imports_point_one_way():
 def test_rooms_stay_small():
     lines = {file.stem: file.read_text().count("\n") for file in HERE.glob("*.py")}
     assert sum(lines[room] for room in ENGINE) <= 2000
-    assert all(lines[room] <= 650 for room in (*ENGINE, *WITHIN, *ON_TOP, *STANDS_ON, *AROUND) if room != "bench")
-    for room in (*ENGINE, *WITHIN, *ON_TOP, *STANDS_ON, *AROUND):
+    assert all(lines[room] <= 650 for room in ROOMS if room != "bench")
+    for room in ROOMS:
         assert all(len(line) <= 120 for line in (HERE / f"{room}.py").read_text().split("\n")), room
