@@ -34,6 +34,7 @@ from linear import GROUP, Part, has_kernels, pack, quantize, widen
 # The files
 
 Stored = tuple[str, tuple[int, ...]]   # a tensor in the files: its name, its shape there
+Cut = tuple[int, list[slice]]          # what one rank of several has of a tensor: slices along this axis, as stored
 
 
 class Checkpoint:
@@ -109,9 +110,10 @@ class Checkpoint:
                 raise ValueError(f"tensor {self.names[name]} has no place in the model that config.json describes: "
                                  "the two do not belong together")
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, cut: Cut | None = None) -> Tensor:
         # Opening the file for each tensor lets go of its mapped pages, so memory holds one copy of the weights.
-        return self._open(self.files[self.names[name]]).get_tensor(self.names[name])
+        file = self._open(self.files[self.names[name]])
+        return take(file.get_slice(self.names[name]), cut) if cut else file.get_tensor(self.names[name])
 
     def read_scale(self, name: str) -> Tensor:
         """float32. Raises ValueError naming a tensor by which no weight can be multiplied."""
@@ -120,6 +122,12 @@ class Checkpoint:
             raise ValueError(f"tensor {self.names[name]} holds a scale that is not a finite number above 0: "
                              "fetch the checkpoint again")
         return scale
+
+
+def take(tensor: Tensor, cut: Cut) -> Tensor:
+    """What a cut leaves of a tensor, or of one that is still in its file."""
+    axis, slices = cut
+    return torch.cat([tensor[:, one] if axis else tensor[one] for one in slices], axis)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -194,9 +202,14 @@ def interleave_pairs(weight: Tensor, D: int) -> Tensor:
     return halves.transpose(1, 2).flatten(0, 2)     # [heads, pair, half, ...], and flat again
 
 
+def is_conv1d(name: str) -> bool:
+    """Whether this is one of GPT-2's weights that are stored as [in, out]."""
+    return re.search(r"\.c_\w+\.weight$", name) is not None
+
+
 def to_our_layout(stored: Tensor, name: str, c: Config) -> Tensor:
     """A stored tensor in the order in which the model uses it: a weight is [out, in]."""
-    if re.search(r"\.c_\w+\.weight$", name):   # GPT-2's Conv1D: [in, out]
+    if is_conv1d(name):
         return stored.T
     if re.search(r"\.[qk]_(proj|norm)\.", name):
         return interleave_pairs(stored, c.D)
@@ -205,10 +218,11 @@ def to_our_layout(stored: Tensor, name: str, c: Config) -> Tensor:
 
 def make_parts(c: Config, device: torch.device, dtype: torch.dtype, quantization: str | None,
                read: Callable[[str, tuple[int, ...]], Tensor],
-               read_scale: Callable[[str, tuple[int, ...]], Tensor | None] = lambda name, shape: None,
+               read_scale: Callable[[str, tuple[int, ...]], Tensor | None] = lambda name, shape: None, ranks=None,
                ) -> dict[str, list[Part]]:
     """Every part by its name, one entry per layer (or one). `read` gives the stored tensor of a name and shape, and
-    `read_scale` the scale of its rows, float32 [out, G], if it is stored in 8 bits.
+    `read_scale` the scale of its rows, float32 [out, G], if it is stored in 8 bits. ranks: they share the model, and of
+    a tensor that is cut, what is read is this rank's slice; None: it is whole.
 
     One part is made at a time, and of what is packed the plain form is let go: beside the model, memory holds a part
     or two.
@@ -235,17 +249,20 @@ def make_parts(c: Config, device: torch.device, dtype: torch.dtype, quantization
     parts = {}
     for name, weights, biases in plan_parts(c):
         part = make_part(weights, biases)
+        if ranks:
+            part = ranks.joined(name, part, c)
         if name in MULTIPLIED:
             part = pack(quantize(part, quantization), dtype)
         parts.setdefault(name, []).append(part)
     if c.tied:   # the embedding stays as it is: the model takes rows of it
-        parts["head"] = [pack(quantize(Part(parts["embedding"][0].weight), quantization), dtype)]
+        parts["head"] = [pack(quantize(replace(parts["embedding"][0]), quantization), dtype)]
     return parts
 
 
 def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dtype,
-                 quantization: str | None = None) -> dict[str, list[Part]]:
-    """The parts of a checkpoint, straight from its mapped files. Raises ValueError naming a bad tensor."""
+                 quantization: str | None = None, ranks=None) -> dict[str, list[Part]]:
+    """The parts of a checkpoint, straight from its mapped files. ranks: they share the model (parallel.py), and each
+    reads its slices only. Raises ValueError naming a bad tensor."""
     checkpoint = Checkpoint(folder)
     embedding, head = ("wte.weight" if c.family == "gpt2" else "embed_tokens.weight"), "lm_head.weight"
     if c.tied and embedding not in checkpoint.names and head in checkpoint.names:   # its other name
@@ -260,6 +277,10 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
         c = replace(c, tied=True)
         del expected[head]
 
+    cuts = ranks.cuts(c) if ranks else {}
+    for name, (axis, slices) in cuts.items():
+        length = sum(one.stop - one.start for one in slices)
+        expected[name] = (*expected[name][:axis], length, *expected[name][axis + 1:])
     eight_bits = set(scales)
     if quantization:
         eight_bits = {name for part, weights, _ in plan_parts(c) if part in MULTIPLIED for name, _ in weights}
@@ -277,23 +298,36 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
     def read(name: str, shape: tuple[int, ...]) -> Tensor:
         nonlocal done
         done += sizes[name]
-        if sys.stderr.isatty() and time.perf_counter() - begin > 1:
+        if not (ranks and ranks.rank) and sys.stderr.isatty() and time.perf_counter() - begin > 1:
             text = f"loading {folder}: {done / total:4.0%} of {total / 1e9:.1f} GB" if done < total else "\x1b[K"
             print("\r" + text, end="", file=sys.stderr, flush=True)
-        return checkpoint.read(name)
+        weight = checkpoint.read(name, cuts.get(name))
+        if name in widened:
+            scale = checkpoint.read_scale(scales[name][0]).repeat_interleave(GROUP, 0)[:shape[0]]
+            weight = weight.to(dtype).mul_(take(scale.repeat_interleave(GROUP, 1), cuts[name]))
+        return weight
 
     def read_scale(name: str, shape: tuple[int, ...]) -> Tensor | None:
-        if name not in scales:
+        if name not in scales or name in widened:
             return None
         scale = checkpoint.read_scale(scales[name][0])
-        return scale.repeat_interleave(GROUP, 0)[:shape[0]] if c.blocks else scale.view(-1, 1)
-    return make_parts(c, device, dtype, quantization, read, read_scale)
+        scale = scale.repeat_interleave(GROUP, 0)[:shape[0]] if c.blocks else scale.view(-1, 1)
+        axis, (piece,) = cuts.get(name, (0, [slice(0, len(scale))]))
+        if axis == 0:
+            return scale[piece]
+        return scale[:, piece.start // GROUP:piece.stop // GROUP] if c.blocks else scale
+    # A rank that begins within a block of 128 columns has no scale for its groups of 128: such weights become floats.
+    widened = {name for name in cuts if c.blocks and name in scales and cuts[name][0] and expected[name][1] % GROUP}
+    return make_parts(c, device, dtype, quantization, read, read_scale, ranks)
 
 
 def random_weights(c: Config, device: torch.device, dtype: torch.dtype,
-                   quantization: str | None = None) -> dict[str, list[Part]]:
+                   quantization: str | None = None, ranks=None) -> dict[str, list[Part]]:
     """Weights of the right shape that know nothing, for measuring."""
+    cuts = ranks.cuts(c) if ranks else {}
+
     def read(name: str, shape: tuple[int, ...]) -> Tensor:
         stored = torch.empty(shape, dtype=dtype, device=device)
-        return stored.normal_(0, 0.02) if len(shape) > 1 else stored.fill_(name.endswith("weight"))
-    return make_parts(c, device, dtype, quantization, read)
+        stored = stored.normal_(0, 0.02) if len(shape) > 1 else stored.fill_(name.endswith("weight"))
+        return take(stored, cuts[name]) if name in cuts else stored
+    return make_parts(c, device, dtype, quantization, read, ranks=ranks)

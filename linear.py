@@ -25,7 +25,7 @@ no processor multiplies it, so on a CPU it is widened while loading. It saves th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -46,14 +46,29 @@ class Part:
 
     A weight in 8 bits, int8 or float8_e4m3fn, has a scale, float32 [out, G]: what the weights of row o and of group g
     of the columns are multiplied by. G is 1, or there is a group for each 128 columns.
+
+    Where several processes share a model, a part is one rank's slice of the weight. `slice` says how the ranks make the
+    whole product of theirs (parallel.py); None: no other rank is needed.
     """
     weight: Tensor
     bias: Tensor | None = None
     scale: Tensor | None = None
+    slice: object | None = None
 
 
 def linear(x_TE: Tensor, part: Part) -> Tensor:
     """x W^T + b: [T, out], in the dtype of x."""
+    y_TF = multiply(x_TE, part)
+    return y_TF if part.slice is None else part.slice.join(y_TF)
+
+
+def rows(ids_T: Tensor, part: Part) -> Tensor:
+    """The rows of the weight by their numbers: [T, in]."""
+    return part.weight[ids_T] if part.slice is None else part.slice.rows(ids_T, part.weight)
+
+
+def multiply(x_TE: Tensor, part: Part) -> Tensor:
+    """x W^T + b of what is in this part."""
     if part.scale is not None:
         return linear_triton(x_TE, part) if has_kernels(x_TE.device) else linear_int8(x_TE, part)
     if part.weight.is_mkldnn:
@@ -73,7 +88,7 @@ def pack(part: Part, dtype: torch.dtype) -> Part:
         return part
     if weight.dtype == torch.float32 and weight.nbytes < SMALL:
         return part
-    return Part(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows), part.bias)
+    return replace(part, weight=torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -90,10 +105,13 @@ def quantize(part: Part, quantization: str | None) -> Part:
     weight_FE = torch.empty(part.weight.shape, dtype=dtype, device=part.weight.device)
     scale_F1 = torch.empty(len(weight_FE), 1, device=part.weight.device)
     for plain, weight, scale in zip(part.weight.split(1024), weight_FE.split(1024), scale_F1.split(1024)):
-        scale.copy_(plain.abs().amax(1, keepdim=True)).div_(largest)
+        scale.copy_(plain.abs().amax(1, keepdim=True))
+        if part.slice is not None:   # the scale is that of the whole row
+            part.slice.largest(scale)
+        scale.div_(largest)
         scaled = plain / scale.clamp_min(torch.finfo(torch.float32).tiny)
         weight.copy_(scaled.round_() if dtype == torch.int8 else scaled)
-    return Part(weight_FE, part.bias, scale_F1)
+    return replace(part, weight=weight_FE, scale=scale_F1)
 
 
 def widen(part: Part, dtype: torch.dtype) -> Part:
@@ -104,19 +122,26 @@ def widen(part: Part, dtype: torch.dtype) -> Part:
     columns = GROUP if part.scale.shape[1] > 1 else weight.shape[1]
     for piece, scale in zip(weight.split(columns, 1), part.scale.split(1, 1)):
         piece.mul_(scale)
-    return Part(weight, part.bias)
+    return replace(part, weight=weight, scale=None)
 
 
-def quantize_rows(x_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [T, E] and a scale per token, float32 [T, 1]. A row of zeros has the scale 0 and a row with a NaN the scale
-    NaN, which is what all their products become."""
-    scale_T1 = x_TE.abs().amax(-1, keepdim=True).float().div_(127)
+def quantize_rows(x_TE: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    """Bytes [T, E] of the part's type and a scale per token, float32 [T, 1]. A row of zeros has the scale 0 and a row
+    with a NaN the scale NaN, which is what all their products become. Of a row whose columns are on several ranks the
+    largest number of all decides."""
+    scale_T1 = x_TE.abs().amax(-1, keepdim=True).float()
+    if part.slice is not None:
+        part.slice.largest(scale_T1)
+    if part.weight.dtype == torch.float8_e4m3fn:
+        scale_T1.div_(448)
+        return (x_TE / scale_T1.clamp_min(torch.finfo(torch.float32).tiny)).to(torch.float8_e4m3fn), scale_T1
+    scale_T1.div_(127)
     return (x_TE / scale_T1).round_().to(torch.int8), scale_T1
 
 
 def linear_int8(x_TE: Tensor, part: Part) -> Tensor:
     """`linear` for a weight of int8: whole numbers, exactly, then the scales."""
-    rows_TE, scale_T1 = quantize_rows(x_TE)
+    rows_TE, scale_T1 = quantize_rows(x_TE, part)
     if part.weight.is_mkldnn:   # it wants rows from 1 to 255, and takes out of the sums what that adds
         rows_TE = rows_TE.view(torch.uint8).bitwise_xor_(128)
         y_TF = torch.ops.onednn.qlinear_pointwise.default(
@@ -140,7 +165,8 @@ def pack_int8(part: Part) -> Part:
     able = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
     if part.weight.device.type != "cpu" or not able:
         return part
-    return Part(torch.ops.onednn.qlinear_prepack(part.weight, None), part.bias, part.scale[:, 0].contiguous())
+    weight = torch.ops.onednn.qlinear_prepack(part.weight, None)
+    return replace(part, weight=weight, scale=part.scale[:, 0].contiguous())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -199,7 +225,10 @@ def linear_triton(x_TE: Tensor, part: Part) -> Tensor:
     """
     load_triton()
     (T, E), (out, G), fp8 = x_TE.shape, part.scale.shape, part.weight.dtype != torch.int8
-    q_TE, scale_TG = quantize_rows_triton(x_TE, part.weight.dtype, G)
+    if part.slice is not None and G == 1:   # what decides is between two steps: the ranks' largest number
+        q_TE, scale_TG = quantize_rows(x_TE, part)
+    else:
+        q_TE, scale_TG = quantize_rows_triton(x_TE, part.weight.dtype, G)
     y_TF = torch.empty(T, out, dtype=x_TE.dtype, device=x_TE.device)
     if torch_multiplies(x_TE, part):
         if fp8:

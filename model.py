@@ -33,7 +33,7 @@ from batch import Batch, Chunk, Graphs, make_batch
 from config import Config
 from device import single_thread
 from kernels import ATTENTION, WRITE_KV
-from linear import Part, linear
+from linear import Part, linear, rows
 
 GELU_TANH = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": F.gelu, "relu": F.relu,
@@ -60,7 +60,7 @@ class Model:
         c, w, llama = self.config, self.weights, self.config.family == "llama"
         H, K, D = c.H, c.K, c.D
         layers = list(zip(*(memory.unbind() for memory in pool.memory)))   # K, V, and in INT8 the scales of both
-        x_TE = w["embedding"][0].weight[batch.tokens_T]
+        x_TE = rows(batch.tokens_T, w["embedding"][0])
         if llama:
             angles_T1P = batch.positions_T[:, None, None] * self.frequencies    # P = D / 2 pairs
             turns_T1P = torch.polar(torch.full_like(angles_T1P, c.rope["attention_factor"]), angles_T1P)
@@ -137,16 +137,12 @@ class ModelRunner:
         self.model, self.memory, self.pool = model, memory, pool
         self.graphs = Graphs(self.forward, pool.block_size, pool.block_tables_UM) if cuda_graphs else None
 
-    def __call__(self, chunks: list[Chunk]) -> Tensor:
-        """float32 [rows that want logits, V], in the order of the chunks. The next call may write over them."""
-        if not (self.graphs and self.graphs.fit(chunks)):
-            return self.directly(chunks)
+    def __call__(self, chunks: list[Chunk], replay: bool = True) -> Tensor:
+        """float32 [rows that want logits, V], in the order of the chunks. The next call may write over them, unless
+        replay is false: then no graph is used."""
         self.pool.upload()
-        return self.graphs.replay(self.graphs.batch(chunks))[:sum(chunk.logits for chunk in chunks)]
-
-    def directly(self, chunks: list[Chunk]) -> Tensor:
-        """The same without a graph; nothing writes over what it returns."""
-        self.pool.upload()
+        if replay and self.graphs and self.graphs.fit(chunks):
+            return self.graphs.replay(self.graphs.batch(chunks))[:sum(chunk.logits for chunk in chunks)]
         return self.forward(make_batch(chunks, self.pool.block_size, self.model.device, self.pool.block_tables_UM))
 
     def forward(self, batch: Batch) -> Tensor:

@@ -1,0 +1,420 @@
+"""Cut the weights: one model on several processes. (Read nanoserve.py first.)
+
+    python nanoserve.py --prompt "The cat sat" --tensor-parallel-size 2
+
+A model that is too large for one device is cut, and each of several processes, the ranks, has a slice of every weight
+(Megatron-LM, Shoeybi et al. 2019). Two products follow each other in attention, and two in the MLP. The first is cut by
+rows and the second by columns, so what a rank has computed is what it needs next:
+
+    demo/llama     cut by     rank 0                           rank 1
+    qkv            rows       query heads 0 1 2, KV head 0     query heads 3 4 5, KV head 1
+    out            columns    those of its heads [T, 192]  +   those of its heads [T, 192]     all-reduce
+    up             rows       gate and up 0 to 255             gate and up 256 to 511
+    down           columns    0 to 255           [T, 192]  +   256 to 511         [T, 192]     all-reduce
+
+The product of a weight that is cut by columns is the sum of the ranks' products, which an all-reduce gives to all: two
+per layer. Embedding and head are cut by vocabulary: one all-reduce per step adds up rows of the embedding, of which a
+rank has some and zeros for the others, and one gather brings the logits to rank 0. INT8 takes two more all-reduces per
+layer, of a number per token: a row of activations is rounded by its largest number, and the ranks have pieces of the
+row. Norms and learned positions are small: every rank has them. Where there are fewer KV heads than ranks, several
+ranks have the same one.
+
+The forward pass does not know of it: a rank's model has fewer heads and a narrower MLP, and `linear` joins what is to
+be joined. A rank has K and V of its heads, in blocks with the same numbers. Only rank 0 has requests, a scheduler and
+the books of the pool. A step reaches the others as one tensor: its chunks, the entries of block tables that have
+changed, and the blocks that were copied. They run it with the same `ModelRunner`.
+
+Rank 0 starts the others, or torchrun starts all. When a rank dies, its connections break, and all end.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+if __name__ == "__main__":   # rank 0 holds the other end of this pipe; whatever becomes of it, this process ends, too
+    threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()
+
+import pickle
+import re
+import signal
+import subprocess
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+from itertools import islice
+
+from device import find_device   # before torch
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from batch import Chunk
+from checkpoint import Cut, is_conv1d, load_weights, plan_parts, random_weights
+from config import Config
+from linear import Part
+from model import Model, ModelRunner
+from paged_kv import BlockTable, KVPool
+
+FOREVER = timedelta(days=300)   # between two steps hours may pass
+FIRST = 256                     # numbers of a message that travel at once; the rest of a longer one follows
+CONNECTION_LOST = 3             # exit status of a rank that ends because another one has ended
+
+
+class Broken(RuntimeError):
+    """A rank has ended, and with it the group. The message is one sentence."""
+
+
+# ---------------------------------------------------------------------------------------------
+# What each rank has
+
+def share(c: Config, size: int) -> Config:
+    """The model that one of so many ranks computes. Raises ValueError if they cannot share it."""
+    able = [n for n in range(1, 65) if not (c.H % n or c.I % n or c.K % n and n % c.K)]
+    if size not in able:
+        raise ValueError(f"tensor_parallel_size is {size}, and {c.H} query heads, {c.K} KV heads and the MLP's {c.I} "
+                         f"columns cannot all be shared out evenly: use {', '.join(map(str, able))}")
+    return replace(c, H=c.H // size, K=max(1, c.K // size), I=c.I // size)
+
+
+def cuts(c: Config, rank: int, size: int) -> dict[str, Cut]:
+    """What a rank has of each stored tensor: the axis along which it is cut, and the slices. What is not named here
+    every rank has whole."""
+    def piece(count: int, rows: int = 1) -> slice:
+        return slice(count * rank // size * rows, count * (rank + 1) // size * rows)
+
+    first = c.K * rank // size   # of the KV heads
+    q, kv = piece(c.H, c.D), slice(first * c.D, (first + max(1, c.K // size)) * c.D)
+    # Of weights [out, in]: rows, stacked as in `plan_parts`, or columns.
+    rows = {"qkv": [q, kv, kv], "up": [piece(c.I)] * 2, "embedding": [piece(c.V)], "head": [piece(c.V)]}
+    columns = {"out": [q], "down": [piece(c.I)]}
+    found = {}
+    for part, weights, biases in plan_parts(c):
+        for i, (name, _) in enumerate(weights if part in rows or part in columns else ()):
+            slices = columns[part] if part in columns else rows[part][i:i + 1]
+            if part == "qkv" and len(weights) == 1:   # GPT-2 stores all three as one
+                slices = [slice(n * c.E + one.start, n * c.E + one.stop) for n, one in enumerate(rows[part])]
+            found[name] = int((part in columns) != is_conv1d(name)), slices
+            if biases and part in rows:
+                found[biases[i][0]] = 0, slices
+    return found
+
+
+class Columns:
+    """Of a weight that each rank has some columns of: the product is the sum of the ranks' products."""
+
+    def __init__(self, ranks: Ranks):
+        self.join, self.largest = ranks.sum, ranks.largest
+
+
+class Vocabulary:
+    """Of an embedding or a head that each rank has some rows of."""
+
+    def __init__(self, ranks: Ranks, V: int):
+        self.ranks, self.starts = ranks, [V * rank // ranks.size for rank in range(ranks.size + 1)]
+
+    def join(self, logits_BV: Tensor) -> Tensor:
+        """Everybody's logits, on rank 0. The others go on with their own, which nobody reads."""
+        widths = [end - start for start, end in zip(self.starts, self.starts[1:])]
+        if not len(logits_BV):
+            return logits_BV.new_empty(0, self.starts[-1])
+        found = self.ranks.gather(F.pad(logits_BV, (0, max(widths) - logits_BV.shape[1])))   # in one size
+        return torch.cat([piece[:, :width] for piece, width in zip(found, widths)], 1) if found else logits_BV
+
+    def largest(self, x: Tensor) -> Tensor:
+        """Rows are whole here, and so is what is largest in them."""
+        return x
+
+    def rows(self, ids_T: Tensor, weight: Tensor) -> Tensor:
+        """Zeros for rows that others have, and the sum is everybody's."""
+        local_T = ids_T - self.starts[self.ranks.rank]
+        there_T1 = ((local_T >= 0) & (local_T < len(weight)))[:, None]
+        return self.ranks.sum(torch.where(there_T1, weight[local_T.clamp(0, len(weight) - 1)], 0))
+
+
+# ---------------------------------------------------------------------------------------------
+# How ranks talk
+
+class Ranks:
+    """The ranks that share a model, as one of them sees them.
+
+    gloo carries what CPUs tell each other and, without GPUs, the reductions. NCCL carries those of GPUs, and CUDA
+    graphs record them. Raises Broken when a rank has ended.
+    """
+
+    def __init__(self, rank: int, size: int, store: dist.Store, device: str, here: int,
+                 processes: list[subprocess.Popen] = ()):
+        """here: how many of them are on this machine. processes: ranks 1, 2, ..., if this one has started them."""
+        self.rank, self.size, self.here, self.processes, self.broken = rank, size, here, list(processes), ""
+        options, gloo = dist.ProcessGroupGloo._Options(), dist.ProcessGroupGloo
+        options._devices = [gloo.create_device(hostname="127.0.0.1") if here == size else gloo.create_default_device()]
+        options._timeout = timedelta(minutes=5)   # to connect
+        self.gloo = self.group = gloo(dist.PrefixStore("gloo", store), rank, size, options)
+        if device == "cuda":
+            self.group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size)
+            threading.Thread(target=abort_with, args=(self.processes, self.group), daemon=True).start()
+
+    def cuts(self, c: Config) -> dict[str, Cut]:
+        return cuts(c, self.rank, self.size)
+
+    def joined(self, name: str, part: Part, c: Config) -> Part:
+        """The part, which knows from now on how the ranks join their slices. A bias is added once, by rank 0."""
+        if name in ("out", "down"):
+            return replace(part, bias=None if self.rank else part.bias, slice=Columns(self))
+        return replace(part, slice=Vocabulary(self, c.V)) if name in ("embedding", "head") else part
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, in the place of this one."""
+        return self._do(self.group, "allreduce", x, dist.AllreduceOptions(), reduceOp=dist.ReduceOp.SUM)
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest of all ranks' numbers, in the place of this one's."""
+        return self._do(self.group, "allreduce", x, dist.AllreduceOptions(), reduceOp=dist.ReduceOp.MAX)
+
+    def gather(self, x: Tensor) -> list[Tensor] | None:
+        """Every rank's tensor, on rank 0; None elsewhere."""
+        found = None if self.rank else [torch.empty_like(x) for _ in range(self.size)]
+        self._do(self.group, "gather", x, dist.GatherOptions(), [[found] if found else []], rootRank=0)
+        return found
+
+    def tell(self, numbers: list[int]):
+        """Rank 0 to all others."""
+        message = torch.tensor([len(numbers), *numbers] + [0] * (FIRST - 1 - len(numbers)))
+        for piece in message.split([FIRST, len(message) - FIRST]):
+            if len(piece):
+                self._broadcast(piece)
+
+    def listen(self) -> list[int]:
+        """What rank 0 tells next, however long that takes."""
+        length, *numbers = self._broadcast(torch.empty(FIRST, dtype=torch.int64)).tolist()
+        if length >= FIRST:
+            numbers += self._broadcast(torch.empty(length + 1 - FIRST, dtype=torch.int64)).tolist()
+        return numbers[:length]
+
+    def _broadcast(self, numbers: Tensor) -> Tensor:
+        return self._do(self.gloo, "broadcast", numbers, dist.BroadcastOptions(), rootRank=0)
+
+    def _do(self, group, what: str, x: Tensor, options, more=(), **chosen) -> Tensor:
+        for name, value in (chosen | {"timeout": FOREVER}).items():
+            setattr(options, name, value)
+        try:
+            if not self.broken:
+                getattr(group, what)(*more, [x], options).wait()
+        except RuntimeError as error:
+            why = re.sub(r"^\[.*?\] ", "", str(error)).split(". ")[0]
+            self.close(self._who_ended() or f"the connection to another rank is lost ({why}): start the run again")
+        if self.broken:
+            raise Broken(self.broken)
+        return x
+
+    def _who_ended(self) -> str:
+        """The rank that ended first, and its last words. The others have ended because it did."""
+        end = time.monotonic() + 10
+        while self.processes and time.monotonic() < end:
+            for rank, process in enumerate(self.processes, 1):
+                if process.poll() not in (None, CONNECTION_LOST):
+                    words = process.stdout.read().decode("utf-8", "replace").strip().split("\n")[-1]
+                    why = words or (f"signal {-process.returncode}" if process.returncode < 0 else "without a word")
+                    return f"rank {rank} of {self.size} has ended ({why}), and the run with it: start it again"
+            time.sleep(0.02)
+        return ""
+
+    def check(self):
+        """After a step: see that the group did not break in the middle. gloo says so itself, NCCL does not."""
+        if self.group is not self.gloo:
+            torch.cuda.current_stream().synchronize()
+            if any(process.poll() is not None for process in self.processes):
+                raise Broken(self._who_ended())
+
+    def close(self, why: str = "the ranks of this LLM have ended: make another LLM"):
+        """End the ranks that this one has started, and wait until they are gone. The first reason remains."""
+        self.broken = self.broken or why
+        self.gloo = self.group = None   # this breaks the connections, and so ends ranks that torchrun has started
+        stop(self.processes)
+
+
+def stop(processes: list[subprocess.Popen]):
+    for process in processes:
+        process.stdin.close()   # it ends by itself, unless it is stuck
+    while processes:
+        process = processes.pop()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(3)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def abort_with(processes: list[subprocess.Popen], nccl):
+    """NCCL does not notice that a rank is gone: its kernels wait for ever. So somebody must watch."""
+    while processes and all(process.poll() is None for process in processes):
+        time.sleep(0.1)
+    if processes:
+        nccl.abort()
+
+
+# ---------------------------------------------------------------------------------------------
+# Rank 0 leads
+
+def start(size: int, c: Config, device: torch.device, *settings) -> Ranks:
+    """The group as rank 0 sees it, told what `follow` begins with: of processes that it starts, or of those of
+    torchrun. Raises ValueError for what cannot be shared."""
+    share(c, size)
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else size
+    if device.type not in ("cpu", "cuda") or device.index is not None:
+        raise ValueError(f"tensor_parallel_size is {size} and device is {device}: use cpu, or cuda for a GPU per rank")
+    if device.type == "cuda" and torch.cuda.device_count() < here:
+        raise ValueError(f"tensor_parallel_size is {size}, and {here} ranks on this machine need a GPU each, of which "
+                         f"there are {torch.cuda.device_count()}: use fewer ranks, or device cpu")
+    ranks = join_torchrun(device) if under_torchrun() else start_processes(size, device)
+    ranks.tell(list(pickle.dumps((c, *settings))))
+    return ranks
+
+
+def start_processes(size: int, device: torch.device) -> Ranks:
+    processes, threads = [], str(max(1, torch.get_num_threads() // size))
+    with tempfile.TemporaryDirectory(prefix="nanoserve-") as folder:   # where they meet
+        try:
+            for rank in range(1, size):   # each in a session of its own: Ctrl-C is not for it
+                command = [sys.executable, __file__, str(rank), str(size), os.path.join(folder, "store"), device.type]
+                processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                                  start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": threads}))
+            store = dist.FileStore(os.path.join(folder, "store"), size)
+            while not store.check([f"rank {rank}" for rank in range(1, size)]):   # their imports take seconds
+                if any(process.poll() is not None for process in processes):
+                    raise Broken(f"one of {size} ranks has ended before it began: start the run again")
+                time.sleep(0.02)
+            return Ranks(0, size, store, device.type, size, processes)
+        except BaseException:
+            stop(processes)
+            raise
+
+
+class LeadingPool(KVPool):
+    """The pool of rank 0. It keeps in mind what the others do not know yet."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.untold: dict[tuple[int, int], int] = {}   # like `changed`
+        self.copied: list[int] = []                    # a block and its copy, another block and its copy, ...
+
+    def _append(self, table: BlockTable, block: int):
+        super()._append(table, block)
+        self.untold[table.row, len(table.blocks) - 1] = block
+
+    def copy(self, block: int, other: int):
+        super().copy(block, other)
+        self.copied += block, other
+
+
+class LeadingRunner(ModelRunner):
+    """The runner of rank 0. The others run what it runs."""
+
+    def __init__(self, ranks: Ranks, model: Model, pool: LeadingPool, cuda_graphs: bool):
+        super().__init__(model, pool, pool, cuda_graphs)
+        self.ranks, self.threads = ranks, max(1, torch.get_num_threads() // ranks.here)   # they share the cores
+        ranks.tell(list(pickle.dumps((cuda_graphs, pool.num_blocks, pool.block_size, pool.k_LKNSD.dtype,
+                                      *pool.block_tables_UM.shape))))
+        ranks.sum(torch.zeros(1, device=model.device))   # all are ready
+
+    def __call__(self, chunks: list[Chunk], replay: bool = True) -> Tensor:
+        pool, threads = self.pool, torch.get_num_threads()
+        self.ranks.tell(encode(chunks, replay, pool.untold, pool.copied))
+        pool.untold, pool.copied = {}, []
+        torch.set_num_threads(self.threads)
+        try:
+            logits_BV = super().__call__(chunks, replay)
+            self.ranks.check()
+            return logits_BV
+        except BaseException as error:   # the others are in the middle of the step
+            self.ranks.close(f"a step has failed on rank 0 ({error!r:.200}), and the run with it: start it again")
+            raise
+        finally:
+            torch.set_num_threads(threads)
+
+
+def encode(chunks: list[Chunk], replay: bool, changed: dict[tuple[int, int], int], copied: list[int]) -> list[int]:
+    """A step as numbers."""
+    numbers = [int(replay), len(changed), len(copied), len(chunks)]
+    for (row, entry), block in changed.items():
+        numbers += row, entry, block
+    numbers += copied
+    for chunk in chunks:
+        numbers += len(chunk.tokens), chunk.start, chunk.logits, chunk.row, *chunk.tokens
+    return numbers
+
+
+# ---------------------------------------------------------------------------------------------
+# The others follow
+
+def follow(ranks: Ranks, device: torch.device):
+    """The life of a rank other than 0: load what rank 0 loads, then run what it runs, until the connection ends."""
+    c, folder, dtype, quantization, attention = pickle.loads(bytes(ranks.listen()))
+    read, source = (load_weights, (folder, c)) if folder else (random_weights, (c,))
+    model = Model(share(c, ranks.size), read(*source, device, dtype, quantization, ranks), attention)
+    c = model.config
+    cuda_graphs, num_blocks, block_size, kv_dtype, rows, width = pickle.loads(bytes(ranks.listen()))
+    pool = KVPool(c.L, c.K, c.D, num_blocks, block_size, kv_dtype, device, max_tables=rows, max_blocks=width)
+    runner, tables = ModelRunner(model, pool, pool, cuda_graphs), defaultdict(list)
+    ranks.sum(torch.zeros(1, device=device))
+    while True:
+        run(ranks.listen(), runner, tables)
+
+
+def run(numbers: list[int], runner: ModelRunner, tables: dict[int, list[int]]):
+    """A step as `encode` has written it. tables: the block table of each row, as far as this rank was told; what lies
+    behind its end is left from another one."""
+    words, pool = iter(numbers), runner.pool
+    replay, num_changed, num_copied, num_chunks = islice(words, 4)
+    for _ in range(num_changed):
+        row, entry, block = islice(words, 3)
+        tables[row] += [0] * (entry + 1 - len(tables[row]))
+        pool.changed[row, entry] = tables[row][entry] = block
+    for _ in range(num_copied // 2):
+        pool.copy(*islice(words, 2))
+    chunks = []
+    for _ in range(num_chunks):
+        length, start, logits, row = islice(words, 4)
+        chunks.append(Chunk(list(islice(words, length)), start, tables[row], logits, row))
+    runner(chunks, bool(replay))
+
+
+def serve(rank: int, size: int, store: dist.Store, device: torch.device, here: int, last_words) -> int:
+    """Follow. Returns the exit status; if this rank fails, it says why in a sentence to the stream `last_words`."""
+    try:
+        follow(Ranks(rank, size, store, device.type, here), device)
+    except Broken:
+        return CONNECTION_LOST
+    except Exception as error:
+        print(error if isinstance(error, ValueError) else repr(error), file=last_words, flush=True)
+        return 1
+
+
+# ---------------------------------------------------------------------------------------------
+# The group is what torchrun made
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def enter(size, device): pass
+
+
+def join_torchrun(device: torch.device) -> Ranks:
+    """..."""
+    store, rank, size = next(dist.rendezvous("env://"))
+    return Ranks(rank, size, store, device.type, int(os.environ["LOCAL_WORLD_SIZE"]))
+
+
+if __name__ == "__main__":
+    rank, size, path, kind = sys.argv[1:]
+    store = dist.FileStore(path, int(size))
+    store.set(f"rank {rank}", "is there")
+    device = find_device(f"cuda:{rank}" if kind == "cuda" else kind)
+    os._exit(serve(int(rank), int(size), store, device, int(size), sys.stdout))   # at once, as rank 0 waits for it
