@@ -19,6 +19,7 @@ if sys.argv and Path(sys.argv[0]).name == "nanoserve.py":   # Ctrl-C during the 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from nanoserve import LLM, SamplingParams
+from parallel import Broken
 from watch import Explanation, Timeline
 
 
@@ -60,6 +61,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="int8: K and V in a byte a number, so that more tokens fit (default: auto, as the model computes them)")
     add("--speculative-model", metavar="MODEL", help="who guesses tokens that the model then verifies in one step: "
         "ngram, or the folder of a smaller model with the same vocabulary (default: nobody)")
+    add("--tensor-parallel-size", type=int, default=1, metavar="N",
+        help="cut the weights for N processes, each with a GPU of its own if there are some (default: 1)")
     add("--num-speculative-tokens", type=int, default=4, metavar="N",
         help="guess at most N tokens per text and step (default: 4)")
     add("--json", action="store_true", help="print one JSON object per text instead of the text itself")
@@ -110,7 +113,7 @@ def serve(args: argparse.Namespace) -> int:
     llm = LLM(args.model, args.device, args.dtype, args.attention, args.block_size, args.num_blocks,
               args.max_batched_tokens, args.max_seqs, quantization=args.quantization,
               kv_cache_dtype=args.kv_cache_dtype, speculative_model=args.speculative_model,
-              num_speculative_tokens=args.num_speculative_tokens)
+              num_speculative_tokens=args.num_speculative_tokens, tensor_parallel_size=args.tensor_parallel_size)
     if llm.device.type == "cuda":   # what is compiled, loaded and recorded once is no part of TTFT and TPS
         with suppress(ValueError):   # hardly room for a prompt
             llm.generate([[0, 0]], SamplingParams(max_tokens=2, ignore_eos=True))
@@ -161,7 +164,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def exit_status(name: str, command: Callable[[], int]) -> int:
-    """What the command returns; 2 for bad input, 1 if standard output was closed or is full, 130 after Ctrl-C."""
+    """What the command returns; 2 for bad input, 1 if standard output was closed or is full or a rank has ended, 130
+    after Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stderr = sys.stderr or open(os.devnull, "w")   # None: the shell closed it
     if sys.stdout is None:
@@ -177,6 +181,9 @@ def exit_status(name: str, command: Callable[[], int]) -> int:
     except ValueError as error:
         say(f"{name}: {error}")
         return 2
+    except Broken as error:
+        say(f"{name}: {error}")
+        return 1
     except OSError as error:
         if error.filename:
             say(f"{name}: {error.filename} cannot be opened ({error.strerror}): give yourself the permission to")

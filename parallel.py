@@ -43,6 +43,7 @@ import subprocess
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -62,9 +63,8 @@ from linear import Part
 from model import Model, ModelRunner
 from paged_kv import BlockTable, KVPool
 
-FOREVER = timedelta(days=300)   # between two steps hours may pass
-FIRST = 256                     # numbers of a message that travel at once; the rest of a longer one follows
-CONNECTION_LOST = 3             # exit status of a rank that ends because another one has ended
+FIRST = 256           # numbers of a message that travel at once; the rest of a longer one follows
+CONNECTION_LOST = 3   # exit status of a rank that ends because another one has ended
 
 
 class Broken(RuntimeError):
@@ -148,15 +148,15 @@ class Ranks:
     graphs record them. Raises Broken when a rank has ended.
     """
 
-    def __init__(self, rank: int, size: int, store: dist.Store, device: str, here: int,
+    def __init__(self, rank: int, size: int, here: int, store: dist.Store, device: torch.device,
                  processes: list[subprocess.Popen] = ()):
         """here: how many of them are on this machine. processes: ranks 1, 2, ..., if this one has started them."""
         self.rank, self.size, self.here, self.processes, self.broken = rank, size, here, list(processes), ""
         options, gloo = dist.ProcessGroupGloo._Options(), dist.ProcessGroupGloo
         options._devices = [gloo.create_device(hostname="127.0.0.1") if here == size else gloo.create_default_device()]
-        options._timeout = timedelta(minutes=5)   # to connect
         self.gloo = self.group = gloo(dist.PrefixStore("gloo", store), rank, size, options)
-        if device == "cuda":
+        self.gloo._set_default_timeout(timedelta(days=300))   # between two steps hours may pass
+        if device.type == "cuda":
             self.group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size)
             threading.Thread(target=abort_with, args=(self.processes, self.group), daemon=True).start()
 
@@ -171,47 +171,47 @@ class Ranks:
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' tensors, in the place of this one."""
-        return self._do(self.group, "allreduce", x, dist.AllreduceOptions(), reduceOp=dist.ReduceOp.SUM)
+        self._do(lambda: self.group.allreduce(x))
+        return x
 
     def largest(self, x: Tensor) -> Tensor:
         """The largest of all ranks' numbers, in the place of this one's."""
-        return self._do(self.group, "allreduce", x, dist.AllreduceOptions(), reduceOp=dist.ReduceOp.MAX)
+        self._do(lambda: self.group.allreduce(x, dist.ReduceOp.MAX))
+        return x
 
-    def gather(self, x: Tensor) -> list[Tensor] | None:
-        """Every rank's tensor, on rank 0; None elsewhere."""
-        found = None if self.rank else [torch.empty_like(x) for _ in range(self.size)]
-        self._do(self.group, "gather", x, dist.GatherOptions(), [[found] if found else []], rootRank=0)
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """Every rank's tensor, on rank 0; elsewhere nothing."""
+        found = [] if self.rank else [torch.empty_like(x) for _ in range(self.size)]
+        self._do(lambda: self.group.gather(found, x, 0))
         return found
 
     def tell(self, numbers: list[int]):
         """Rank 0 to all others."""
         message = torch.tensor([len(numbers), *numbers] + [0] * (FIRST - 1 - len(numbers)))
-        for piece in message.split([FIRST, len(message) - FIRST]):
+        for piece in (message[:FIRST], message[FIRST:]):
             if len(piece):
-                self._broadcast(piece)
+                self._do(lambda: self.gloo.broadcast(piece, 0))
 
     def listen(self) -> list[int]:
         """What rank 0 tells next, however long that takes."""
-        length, *numbers = self._broadcast(torch.empty(FIRST, dtype=torch.int64)).tolist()
+        first = torch.empty(FIRST, dtype=torch.int64)
+        self._do(lambda: self.gloo.broadcast(first, 0))
+        length, *numbers = first.tolist()
         if length >= FIRST:
-            numbers += self._broadcast(torch.empty(length + 1 - FIRST, dtype=torch.int64)).tolist()
+            rest = torch.empty(length + 1 - FIRST, dtype=torch.int64)
+            self._do(lambda: self.gloo.broadcast(rest, 0))
+            numbers += rest.tolist()
         return numbers[:length]
 
-    def _broadcast(self, numbers: Tensor) -> Tensor:
-        return self._do(self.gloo, "broadcast", numbers, dist.BroadcastOptions(), rootRank=0)
-
-    def _do(self, group, what: str, x: Tensor, options, more=(), **chosen) -> Tensor:
-        for name, value in (chosen | {"timeout": FOREVER}).items():
-            setattr(options, name, value)
+    def _do(self, operation: Callable):
         try:
             if not self.broken:
-                getattr(group, what)(*more, [x], options).wait()
+                operation().wait()
         except RuntimeError as error:
             why = re.sub(r"^\[.*?\] ", "", str(error)).split(". ")[0]
             self.close(self._who_ended() or f"the connection to another rank is lost ({why}): start the run again")
         if self.broken:
             raise Broken(self.broken)
-        return x
 
     def _who_ended(self) -> str:
         """The rank that ended first, and its last words. The others have ended because it did."""
@@ -263,8 +263,8 @@ def abort_with(processes: list[subprocess.Popen], nccl):
 # Rank 0 leads
 
 def start(size: int, c: Config, device: torch.device, *settings) -> Ranks:
-    """The group as rank 0 sees it, told what `follow` begins with: of processes that it starts, or of those of
-    torchrun. Raises ValueError for what cannot be shared."""
+    """The group as rank 0 sees it: of processes that it starts, or of those of torchrun. c and settings are what
+    `follow` begins with. Raises ValueError for what cannot be shared."""
     share(c, size)
     here = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else size
     if device.type not in ("cpu", "cuda") or device.index is not None:
@@ -278,19 +278,21 @@ def start(size: int, c: Config, device: torch.device, *settings) -> Ranks:
 
 
 def start_processes(size: int, device: torch.device) -> Ranks:
-    processes, threads = [], str(max(1, torch.get_num_threads() // size))
+    processes, threads = [], max(1, torch.get_num_threads() // size)
     with tempfile.TemporaryDirectory(prefix="nanoserve-") as folder:   # where they meet
+        path = os.path.join(folder, "store")
         try:
             for rank in range(1, size):   # each in a session of its own: Ctrl-C is not for it
-                command = [sys.executable, __file__, str(rank), str(size), os.path.join(folder, "store"), device.type]
-                processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                                  start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": threads}))
-            store = dist.FileStore(os.path.join(folder, "store"), size)
+                more = {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(threads)}
+                processes.append(subprocess.Popen(
+                    [sys.executable, __file__, str(rank), str(size), path, device.type], env=os.environ | more,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True))
+            store = dist.FileStore(path, size)
             while not store.check([f"rank {rank}" for rank in range(1, size)]):   # their imports take seconds
                 if any(process.poll() is not None for process in processes):
                     raise Broken(f"one of {size} ranks has ended before it began: start the run again")
                 time.sleep(0.02)
-            return Ranks(0, size, store, device.type, size, processes)
+            return Ranks(0, size, size, store, device, processes)
         except BaseException:
             stop(processes)
             raise
@@ -385,36 +387,51 @@ def run(numbers: list[int], runner: ModelRunner, tables: dict[int, list[int]]):
     runner(chunks, bool(replay))
 
 
-def serve(rank: int, size: int, store: dist.Store, device: torch.device, here: int, last_words) -> int:
-    """Follow. Returns the exit status; if this rank fails, it says why in a sentence to the stream `last_words`."""
+def serve(join: Callable[[torch.device], Ranks], device: str) -> int:
+    """Join a group and follow. Returns the exit status. The last words of a rank that fails are for rank 0, or, under
+    torchrun, for the terminal."""
     try:
-        follow(Ranks(rank, size, store, device.type, here), device)
+        device = find_device(device)
+        device = find_device(f"cuda:{os.environ['LOCAL_RANK']}") if device.type == "cuda" else device
+        follow(join(device), device)
     except Broken:
         return CONNECTION_LOST
     except Exception as error:
-        print(error if isinstance(error, ValueError) else repr(error), file=last_words, flush=True)
+        words = str(error) if isinstance(error, ValueError) else repr(error)
+        print(words, file=sys.stdout if __name__ == "__main__" else sys.stderr, flush=True)
         return 1
 
-
-# ---------------------------------------------------------------------------------------------
-# The group is what torchrun made
 
 def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def enter(size, device): pass
+def enter(size: int, device: str):
+    """Under torchrun rank 0 goes on; another rank follows it here, and ends with it."""
+    if size == 1 or not under_torchrun():
+        return
+    if size != int(os.environ["WORLD_SIZE"]):
+        raise ValueError(f"tensor_parallel_size is {size} and torchrun has started {os.environ['WORLD_SIZE']} "
+                         "processes: let the two be the same")
+    if os.environ["RANK"] != "0":
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        status = serve(join_torchrun, device)
+        raise SystemExit(0 if status == CONNECTION_LOST else status)
 
 
 def join_torchrun(device: torch.device) -> Ranks:
-    """..."""
     store, rank, size = next(dist.rendezvous("env://"))
-    return Ranks(rank, size, store, device.type, int(os.environ["LOCAL_WORLD_SIZE"]))
+    if store.add("ranks of an LLM", 1) > size:
+        raise ValueError("under torchrun one LLM can have tensor_parallel_size: start a run for each")
+    return Ranks(rank, size, int(os.environ["LOCAL_WORLD_SIZE"]), store, device)
+
+
+def join_rank_0(device: torch.device) -> Ranks:
+    rank, size, path, _ = sys.argv[1:]
+    store = dist.FileStore(path, int(size))
+    store.set(f"rank {rank}", "is there")
+    return Ranks(int(rank), int(size), int(size), store, device)
 
 
 if __name__ == "__main__":
-    rank, size, path, kind = sys.argv[1:]
-    store = dist.FileStore(path, int(size))
-    store.set(f"rank {rank}", "is there")
-    device = find_device(f"cuda:{rank}" if kind == "cuda" else kind)
-    os._exit(serve(int(rank), int(size), store, device, int(size), sys.stdout))   # at once, as rank 0 waits for it
+    os._exit(serve(join_rank_0, sys.argv[4]))   # at once, as rank 0 waits for it
