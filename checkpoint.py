@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from config import Config, Fields
-from linear import GROUP, Part, has_kernels, pack, quantize, widen
+from linear import GROUP, Columns, Part, Vocabulary, has_kernels, pack, quantize, widen
 
 
 # ---------------------------------------------------------------------------------------------
@@ -192,6 +192,30 @@ def plan_scales(c: Config, checkpoint: Checkpoint) -> dict[str, Stored]:
     return scales
 
 
+def plan_cuts(c: Config, rank: int, size: int) -> dict[str, Cut]:
+    """What one of several ranks has of each stored tensor (parallel.py says why): the axis along which it is cut, and
+    the slices. What is not named here every rank has whole."""
+    def piece(count: int, rows: int = 1) -> slice:
+        return slice(count * rank // size * rows, count * (rank + 1) // size * rows)
+
+    first = c.K * rank // size   # of the KV heads
+    q, kv = piece(c.H, c.D), slice(first * c.D, (first + max(1, c.K // size)) * c.D)
+    words = Vocabulary.piece(c.V, rank, size)
+    # Of weights [out, in]: rows, stacked as in `plan_parts`, or columns.
+    rows = {"qkv": [q, kv, kv], "up": [piece(c.I)] * 2, "embedding": [words], "head": [words]}
+    columns = {"out": [q], "down": [piece(c.I)]}
+    found = {}
+    for part, weights, biases in plan_parts(c):
+        for i, (name, _) in enumerate(weights if part in rows or part in columns else ()):
+            slices = columns[part] if part in columns else rows[part][i:i + 1]
+            if part == "qkv" and len(weights) == 1:   # GPT-2 stores all three as one
+                slices = [slice(n * c.E + one.start, n * c.E + one.stop) for n, one in enumerate(rows[part])]
+            found[name] = int((part in columns) != is_conv1d(name)), slices
+            if biases and part in rows:
+                found[biases[i][0]] = 0, slices
+    return found
+
+
 def interleave_pairs(weight: Tensor, D: int) -> Tensor:
     """The rows of each head with RoPE's pairs side by side, as `rotate` in model.py wants them; q.k stays the same.
 
@@ -249,8 +273,10 @@ def make_parts(c: Config, device: torch.device, dtype: torch.dtype, quantization
     parts = {}
     for name, weights, biases in plan_parts(c):
         part = make_part(weights, biases)
-        if ranks:
-            part = ranks.joined(name, part, c)
+        if ranks and name in ("out", "down"):   # the bias is added once
+            part = replace(part, bias=None if ranks.rank else part.bias, slice=Columns(ranks))
+        if ranks and name in ("embedding", "head"):
+            part = replace(part, slice=Vocabulary(ranks, c.V))
         if name in MULTIPLIED:
             part = pack(quantize(part, quantization), dtype)
         parts.setdefault(name, []).append(part)
@@ -277,7 +303,7 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
         c = replace(c, tied=True)
         del expected[head]
 
-    cuts = ranks.cuts(c) if ranks else {}
+    cuts = plan_cuts(c, ranks.rank, ranks.size) if ranks else {}
     for name, (axis, slices) in cuts.items():
         length = sum(one.stop - one.start for one in slices)
         expected[name] = (*expected[name][:axis], length, *expected[name][axis + 1:])
@@ -324,7 +350,7 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
 def random_weights(c: Config, device: torch.device, dtype: torch.dtype,
                    quantization: str | None = None, ranks=None) -> dict[str, list[Part]]:
     """Weights of the right shape that know nothing, for measuring."""
-    cuts = ranks.cuts(c) if ranks else {}
+    cuts = plan_cuts(c, ranks.rank, ranks.size) if ranks else {}
 
     def read(name: str, shape: tuple[int, ...]) -> Tensor:
         stored = torch.empty(shape, dtype=dtype, device=device)

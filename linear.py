@@ -47,13 +47,13 @@ class Part:
     A weight in 8 bits, int8 or float8_e4m3fn, has a scale, float32 [out, G]: what the weights of row o and of group g
     of the columns are multiplied by. G is 1, or there is a group for each 128 columns.
 
-    Where several processes share a model, a part is one rank's slice of the weight. `slice` says how the ranks make the
-    whole product of theirs (parallel.py); None: no other rank is needed.
+    Where several processes share a model, a part is a slice of the weight, and `slice` joins what the ranks compute.
+    None: no other rank is needed.
     """
     weight: Tensor
     bias: Tensor | None = None
     scale: Tensor | None = None
-    slice: object | None = None
+    slice: Columns | Vocabulary | None = None
 
 
 def linear(x_TE: Tensor, part: Part) -> Tensor:
@@ -89,6 +89,43 @@ def pack(part: Part, dtype: torch.dtype) -> Part:
     if weight.dtype == torch.float32 and weight.nbytes < SMALL:
         return part
     return replace(part, weight=torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows))
+
+
+# ---------------------------------------------------------------------------------------------
+# A slice of a part (parallel.py). `ranks` has `rank` and `size`, and sums, compares and gathers the tensors of all
+
+class Columns:
+    """Of a weight that each rank has some columns of: the product is the sum of the ranks' products."""
+
+    def __init__(self, ranks):
+        self.join, self.largest = ranks.sum, ranks.largest
+
+
+class Vocabulary:
+    """Of an embedding or a head that each rank has some rows of, the last rank perhaps fewer than the others."""
+
+    def __init__(self, ranks, V: int):
+        self.ranks, self.V, self.start = ranks, V, self.piece(V, ranks.rank, ranks.size).start
+
+    @staticmethod
+    def piece(V: int, rank: int, size: int) -> slice:
+        return slice(-(-V // size) * rank, min(V, -(-V // size) * (rank + 1)))
+
+    def join(self, logits_BV: Tensor) -> Tensor:
+        """Everybody's logits, on rank 0. The others go on with their own, which nobody reads."""
+        missing = -(-self.V // self.ranks.size) - logits_BV.shape[1]
+        found = self.ranks.gather(F.pad(logits_BV, (0, missing))) if len(logits_BV) else []
+        return torch.cat(found, 1)[:, :self.V] if found else logits_BV
+
+    def largest(self, x: Tensor) -> Tensor:
+        """Rows are whole here, and so is what is largest in them."""
+        return x
+
+    def rows(self, ids_T: Tensor, weight: Tensor) -> Tensor:
+        """Zeros for rows that others have, and the sum is everybody's."""
+        local_T = ids_T - self.start
+        there_T1 = ((local_T >= 0) & (local_T < len(weight)))[:, None]
+        return self.ranks.sum(torch.where(there_T1, weight[local_T.clamp(0, len(weight) - 1)], 0))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
     python nanoserve.py --prompt "The cat sat" --tensor-parallel-size 2
 
-A model that is too large for one device is cut, and each of several processes, the ranks, has a slice of every weight
+A model that is too large for one device is cut: of several processes, the ranks, each has a slice of every weight
 (Megatron-LM, Shoeybi et al. 2019). Two products follow each other in attention, and two in the MLP. The first is cut by
 rows and the second by columns, so what a rank has computed is what it needs next:
 
@@ -13,18 +13,15 @@ rows and the second by columns, so what a rank has computed is what it needs nex
     down           columns    0 to 255           [T, 192]  +   256 to 511         [T, 192]     all-reduce
 
 The product of a weight that is cut by columns is the sum of the ranks' products, which an all-reduce gives to all: two
-per layer. Embedding and head are cut by vocabulary: one all-reduce per step adds up rows of the embedding, of which a
-rank has some and zeros for the others, and one gather brings the logits to rank 0. INT8 takes two more all-reduces per
-layer, of a number per token: a row of activations is rounded by its largest number, and the ranks have pieces of the
-row. Norms and learned positions are small: every rank has them. Where there are fewer KV heads than ranks, several
-ranks have the same one.
+per layer. Embedding and head are cut by vocabulary: one all-reduce per step adds up rows of the embedding (zeros from
+ranks that do not have them), and one gather brings the logits to rank 0. INT8 takes two more all-reduces per layer, of
+a number per token: the largest of a row of activations decides how it is rounded, and the ranks have pieces of the row.
+Norms and learned positions are small: every rank has them. Ranks may have the same KV head, if there are few.
 
 The forward pass does not know of it: a rank's model has fewer heads and a narrower MLP, and `linear` joins what is to
 be joined. A rank has K and V of its heads, in blocks with the same numbers. Only rank 0 has requests, a scheduler and
 the books of the pool. A step reaches the others as one tensor: its chunks, the entries of block tables that have
-changed, and the blocks that were copied. They run it with the same `ModelRunner`.
-
-Rank 0 starts the others, or torchrun starts all. When a rank dies, its connections break, and all end.
+changed, and the blocks that were copied. Rank 0 starts the others, or torchrun starts all.
 """
 
 from __future__ import annotations
@@ -53,13 +50,11 @@ from device import find_device   # before torch
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from batch import Chunk
-from checkpoint import Cut, is_conv1d, load_weights, plan_parts, random_weights
+from checkpoint import load_weights, random_weights
 from config import Config
-from linear import Part
 from model import Model, ModelRunner
 from paged_kv import BlockTable, KVPool
 
@@ -72,70 +67,15 @@ class Broken(RuntimeError):
 
 
 # ---------------------------------------------------------------------------------------------
-# What each rank has
+# What each rank has (its slices: `cuts` in checkpoint.py)
 
 def share(c: Config, size: int) -> Config:
     """The model that one of so many ranks computes. Raises ValueError if they cannot share it."""
-    able = [n for n in range(1, 65) if not (c.H % n or c.I % n or c.K % n and n % c.K)]
+    able = [n for n in range(1, 65) if not (c.H % n or c.I % n or c.K % n and n % c.K) and -(-c.V // n) * (n - 1) < c.V]
     if size not in able:
         raise ValueError(f"tensor_parallel_size is {size}, and {c.H} query heads, {c.K} KV heads and the MLP's {c.I} "
-                         f"columns cannot all be shared out evenly: use {', '.join(map(str, able))}")
+                         f"columns cannot all be shared out evenly: use {' or '.join(map(str, able))}")
     return replace(c, H=c.H // size, K=max(1, c.K // size), I=c.I // size)
-
-
-def cuts(c: Config, rank: int, size: int) -> dict[str, Cut]:
-    """What a rank has of each stored tensor: the axis along which it is cut, and the slices. What is not named here
-    every rank has whole."""
-    def piece(count: int, rows: int = 1) -> slice:
-        return slice(count * rank // size * rows, count * (rank + 1) // size * rows)
-
-    first = c.K * rank // size   # of the KV heads
-    q, kv = piece(c.H, c.D), slice(first * c.D, (first + max(1, c.K // size)) * c.D)
-    # Of weights [out, in]: rows, stacked as in `plan_parts`, or columns.
-    rows = {"qkv": [q, kv, kv], "up": [piece(c.I)] * 2, "embedding": [piece(c.V)], "head": [piece(c.V)]}
-    columns = {"out": [q], "down": [piece(c.I)]}
-    found = {}
-    for part, weights, biases in plan_parts(c):
-        for i, (name, _) in enumerate(weights if part in rows or part in columns else ()):
-            slices = columns[part] if part in columns else rows[part][i:i + 1]
-            if part == "qkv" and len(weights) == 1:   # GPT-2 stores all three as one
-                slices = [slice(n * c.E + one.start, n * c.E + one.stop) for n, one in enumerate(rows[part])]
-            found[name] = int((part in columns) != is_conv1d(name)), slices
-            if biases and part in rows:
-                found[biases[i][0]] = 0, slices
-    return found
-
-
-class Columns:
-    """Of a weight that each rank has some columns of: the product is the sum of the ranks' products."""
-
-    def __init__(self, ranks: Ranks):
-        self.join, self.largest = ranks.sum, ranks.largest
-
-
-class Vocabulary:
-    """Of an embedding or a head that each rank has some rows of."""
-
-    def __init__(self, ranks: Ranks, V: int):
-        self.ranks, self.starts = ranks, [V * rank // ranks.size for rank in range(ranks.size + 1)]
-
-    def join(self, logits_BV: Tensor) -> Tensor:
-        """Everybody's logits, on rank 0. The others go on with their own, which nobody reads."""
-        widths = [end - start for start, end in zip(self.starts, self.starts[1:])]
-        if not len(logits_BV):
-            return logits_BV.new_empty(0, self.starts[-1])
-        found = self.ranks.gather(F.pad(logits_BV, (0, max(widths) - logits_BV.shape[1])))   # in one size
-        return torch.cat([piece[:, :width] for piece, width in zip(found, widths)], 1) if found else logits_BV
-
-    def largest(self, x: Tensor) -> Tensor:
-        """Rows are whole here, and so is what is largest in them."""
-        return x
-
-    def rows(self, ids_T: Tensor, weight: Tensor) -> Tensor:
-        """Zeros for rows that others have, and the sum is everybody's."""
-        local_T = ids_T - self.starts[self.ranks.rank]
-        there_T1 = ((local_T >= 0) & (local_T < len(weight)))[:, None]
-        return self.ranks.sum(torch.where(there_T1, weight[local_T.clamp(0, len(weight) - 1)], 0))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -148,26 +88,19 @@ class Ranks:
     graphs record them. Raises Broken when a rank has ended.
     """
 
-    def __init__(self, rank: int, size: int, here: int, store: dist.Store, device: torch.device,
-                 processes: list[subprocess.Popen] = ()):
-        """here: how many of them are on this machine. processes: ranks 1, 2, ..., if this one has started them."""
-        self.rank, self.size, self.here, self.processes, self.broken = rank, size, here, list(processes), ""
-        options, gloo = dist.ProcessGroupGloo._Options(), dist.ProcessGroupGloo
-        options._devices = [gloo.create_device(hostname="127.0.0.1") if here == size else gloo.create_default_device()]
-        self.gloo = self.group = gloo(dist.PrefixStore("gloo", store), rank, size, options)
+    def __init__(self, url: str, here: int, device: torch.device, processes: list[subprocess.Popen] = ()):
+        """url: where they meet. here: how many are on this machine. processes: those that this one has started."""
+        store, self.rank, self.size = next(dist.rendezvous(url))
+        if store.add("ranks", 1) > self.size:
+            raise ValueError("under torchrun one LLM can have tensor_parallel_size: start a run for each")
+        self.here, self.processes, self.broken = here, list(processes), ""
+        options, gloo, near = dist.ProcessGroupGloo._Options(), dist.ProcessGroupGloo, here == self.size
+        options._devices = [gloo.create_device(hostname="127.0.0.1") if near else gloo.create_default_device()]
+        self.gloo = self.group = gloo(dist.PrefixStore("gloo", store), self.rank, self.size, options)
         self.gloo._set_default_timeout(timedelta(days=300))   # between two steps hours may pass
         if device.type == "cuda":
-            self.group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size)
-            threading.Thread(target=abort_with, args=(self.processes, self.group), daemon=True).start()
-
-    def cuts(self, c: Config) -> dict[str, Cut]:
-        return cuts(c, self.rank, self.size)
-
-    def joined(self, name: str, part: Part, c: Config) -> Part:
-        """The part, which knows from now on how the ranks join their slices. A bias is added once, by rank 0."""
-        if name in ("out", "down"):
-            return replace(part, bias=None if self.rank else part.bias, slice=Columns(self))
-        return replace(part, slice=Vocabulary(self, c.V)) if name in ("embedding", "head") else part
+            self.group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), self.rank, self.size)
+            threading.Thread(target=self._watch, daemon=True).start()
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' tensors, in the place of this one."""
@@ -225,8 +158,15 @@ class Ranks:
             time.sleep(0.02)
         return ""
 
+    def _watch(self):
+        """NCCL does not notice that a rank is gone, and its kernels wait for ever: until somebody aborts them."""
+        while self.processes and all(process.poll() is None for process in self.processes):
+            time.sleep(0.1)
+        if self.processes:
+            self.group.abort()
+
     def check(self):
-        """After a step: see that the group did not break in the middle. gloo says so itself, NCCL does not."""
+        """After a step: see that it was not aborted."""
         if self.group is not self.gloo:
             torch.cuda.current_stream().synchronize()
             if any(process.poll() is not None for process in self.processes):
@@ -251,14 +191,6 @@ def stop(processes: list[subprocess.Popen]):
         process.stdout.close()
 
 
-def abort_with(processes: list[subprocess.Popen], nccl):
-    """NCCL does not notice that a rank is gone: its kernels wait for ever. So somebody must watch."""
-    while processes and all(process.poll() is None for process in processes):
-        time.sleep(0.1)
-    if processes:
-        nccl.abort()
-
-
 # ---------------------------------------------------------------------------------------------
 # Rank 0 leads
 
@@ -267,32 +199,29 @@ def start(size: int, c: Config, device: torch.device, *settings) -> Ranks:
     `follow` begins with. Raises ValueError for what cannot be shared."""
     share(c, size)
     here = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else size
-    if device.type not in ("cpu", "cuda") or device.index is not None:
-        raise ValueError(f"tensor_parallel_size is {size} and device is {device}: use cpu, or cuda for a GPU per rank")
-    if device.type == "cuda" and torch.cuda.device_count() < here:
-        raise ValueError(f"tensor_parallel_size is {size}, and {here} ranks on this machine need a GPU each, of which "
-                         f"there are {torch.cuda.device_count()}: use fewer ranks, or device cpu")
-    ranks = join_torchrun(device) if under_torchrun() else start_processes(size, device)
+    gpus = torch.cuda.device_count() if device.type == "cuda" else here
+    if device.type not in ("cpu", "cuda") or device.index is not None or gpus < here:
+        raise ValueError(f"tensor_parallel_size is {size} and device is {device}: ranks are on cpu, or on cuda with a "
+                         f"GPU each, and of {here} ranks on this machine {min(here, gpus)} could have one")
+    ranks = Ranks("env://", here, device) if under_torchrun() else start_processes(size, device)
     ranks.tell(list(pickle.dumps((c, *settings))))
     return ranks
 
 
 def start_processes(size: int, device: torch.device) -> Ranks:
     processes, threads = [], max(1, torch.get_num_threads() // size)
-    with tempfile.TemporaryDirectory(prefix="nanoserve-") as folder:   # where they meet
-        path = os.path.join(folder, "store")
+    with tempfile.TemporaryDirectory(prefix="nanoserve-") as folder:
+        url = f"file://{folder}/store?world_size={size}&rank="
         try:
             for rank in range(1, size):   # each in a session of its own: Ctrl-C is not for it
                 more = {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(threads)}
                 processes.append(subprocess.Popen(
-                    [sys.executable, __file__, str(rank), str(size), path, device.type], env=os.environ | more,
+                    [sys.executable, __file__, url + str(rank), str(size), device.type], env=os.environ | more,
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True))
-            store = dist.FileStore(path, size)
-            while not store.check([f"rank {rank}" for rank in range(1, size)]):   # their imports take seconds
-                if any(process.poll() is not None for process in processes):
-                    raise Broken(f"one of {size} ranks has ended before it began: start the run again")
-                time.sleep(0.02)
-            return Ranks(0, size, size, store, device, processes)
+            for rank, process in enumerate(processes, 1):   # their imports take seconds
+                if process.stdout.readline() != b"ready\n":
+                    raise Broken(f"rank {rank} of {size} has ended before it began: start the run again")
+            return Ranks(url + "0", size, device, processes)
         except BaseException:
             stop(processes)
             raise
@@ -387,13 +316,13 @@ def run(numbers: list[int], runner: ModelRunner, tables: dict[int, list[int]]):
     runner(chunks, bool(replay))
 
 
-def serve(join: Callable[[torch.device], Ranks], device: str) -> int:
+def serve(url: str, here: int, device: str) -> int:
     """Join a group and follow. Returns the exit status. The last words of a rank that fails are for rank 0, or, under
     torchrun, for the terminal."""
     try:
         device = find_device(device)
         device = find_device(f"cuda:{os.environ['LOCAL_RANK']}") if device.type == "cuda" else device
-        follow(join(device), device)
+        follow(Ranks(url, here, device), device)
     except Broken:
         return CONNECTION_LOST
     except Exception as error:
@@ -408,30 +337,16 @@ def under_torchrun() -> bool:
 
 def enter(size: int, device: str):
     """Under torchrun rank 0 goes on; another rank follows it here, and ends with it."""
-    if size == 1 or not under_torchrun():
-        return
-    if size != int(os.environ["WORLD_SIZE"]):
-        raise ValueError(f"tensor_parallel_size is {size} and torchrun has started {os.environ['WORLD_SIZE']} "
-                         "processes: let the two be the same")
-    if os.environ["RANK"] != "0":
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        status = serve(join_torchrun, device)
-        raise SystemExit(0 if status == CONNECTION_LOST else status)
-
-
-def join_torchrun(device: torch.device) -> Ranks:
-    store, rank, size = next(dist.rendezvous("env://"))
-    if store.add("ranks of an LLM", 1) > size:
-        raise ValueError("under torchrun one LLM can have tensor_parallel_size: start a run for each")
-    return Ranks(rank, size, int(os.environ["LOCAL_WORLD_SIZE"]), store, device)
-
-
-def join_rank_0(device: torch.device) -> Ranks:
-    rank, size, path, _ = sys.argv[1:]
-    store = dist.FileStore(path, int(size))
-    store.set(f"rank {rank}", "is there")
-    return Ranks(int(rank), int(size), int(size), store, device)
+    if size > 1 and under_torchrun():
+        if size != int(os.environ["WORLD_SIZE"]):
+            raise ValueError(f"tensor_parallel_size is {size} and torchrun has started {os.environ['WORLD_SIZE']} "
+                             "processes: let the two be the same")
+        if os.environ["RANK"] != "0":
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            status = serve("env://", int(os.environ["LOCAL_WORLD_SIZE"]), device)
+            raise SystemExit(0 if status == CONNECTION_LOST else status)
 
 
 if __name__ == "__main__":
-    os._exit(serve(join_rank_0, sys.argv[4]))   # at once, as rank 0 waits for it
+    print("ready", flush=True)
+    os._exit(serve(sys.argv[1], int(sys.argv[2]), sys.argv[3]))   # at once, as rank 0 waits for it
