@@ -96,11 +96,13 @@ class Ranks:
         self.here, self.processes, self.broken = here, list(processes), ""
         options, gloo, near = dist.ProcessGroupGloo._Options(), dist.ProcessGroupGloo, here == self.size
         options._devices = [gloo.create_device(hostname="127.0.0.1") if near else gloo.create_default_device()]
+        options._timeout = timedelta(seconds=30 if processes else 1800)   # those that this one has started are ready
         self.gloo = self.group = gloo(dist.PrefixStore("gloo", store), self.rank, self.size, options)
         self.gloo._set_default_timeout(timedelta(days=300))   # between two steps hours may pass
         if device.type == "cuda":
             self.group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), self.rank, self.size)
             threading.Thread(target=self._watch, daemon=True).start()
+        self.sum(torch.zeros(1, device=device))   # all have met
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' tensors, in the place of this one."""
@@ -220,10 +222,12 @@ def start_processes(size: int, device: torch.device) -> Ranks:
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True))
             for rank, process in enumerate(processes, 1):   # their imports take seconds
                 if process.stdout.readline() != b"ready\n":
-                    raise Broken(f"rank {rank} of {size} has ended before it began: start the run again")
+                    raise RuntimeError(f"rank {rank} has ended")
             return Ranks(url + "0", size, device, processes)
-        except BaseException:
+        except BaseException as error:
             stop(processes)
+            if isinstance(error, RuntimeError):
+                raise Broken(f"{size} ranks could not connect: start the run again") from error
             raise
 
 
