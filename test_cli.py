@@ -358,7 +358,7 @@ def test_worked_example_in_the_docstrings_is_true():
 # The house: one trade per room, and imports that point one way
 
 ENGINE = "paged_kv", "batch", "kernels", "model", "nanoserve"
-ON_TOP = "speculate",   # one more idea each; the loop asks them
+ON_TOP = "speculate", "parallel"   # one more idea each; the loop asks them
 STANDS_ON = "device", "linear", "sampling", "config", "checkpoint", "tokenizer"
 AROUND = "roofline", "watch", "cli", "bench"
 
