@@ -339,6 +339,8 @@ class LLM:
         self.tokenizer = load_tokenizer(self.folder) if self.folder else None
         self.ranks = None
         if tensor_parallel_size > 1:
+            if weights is not None:
+                raise ValueError("weights are whole, and tensor_parallel_size cuts them: leave one of the two out")
             self.ranks = parallel.start(tensor_parallel_size, c, self.device,
                                         self.folder, DTYPES[self.dtype], quantization, attention)
             weakref.finalize(self, self.ranks.close)   # also when Python ends

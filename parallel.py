@@ -16,7 +16,7 @@ The product of a weight that is cut by columns is the sum of the ranks' products
 per layer. Embedding and head are cut by vocabulary: one all-reduce per step adds up rows of the embedding (zeros from
 ranks that do not have them), and one gather brings the logits to rank 0. INT8 takes two more all-reduces per layer, of
 a number per token: the largest of a row of activations decides how it is rounded, and the ranks have pieces of the row.
-Norms and learned positions are small: every rank has them. Ranks may have the same KV head, if there are few.
+Norms and learned positions are small: every rank has them. Where KV heads are few, several ranks have the same one.
 
 The forward pass does not know of it: a rank's model has fewer heads and a narrower MLP, and `linear` joins what is to
 be joined. A rank has K and V of its heads, in blocks with the same numbers. Only rank 0 has requests, a scheduler and
@@ -63,15 +63,13 @@ CONNECTION_LOST = 3   # exit status of a rank that ends because another one has 
 
 
 class Broken(RuntimeError):
-    """A rank has ended, and with it the group. The message is one sentence."""
+    """A rank has ended, and with it the group. It is said in one sentence."""
 
-
-# ---------------------------------------------------------------------------------------------
-# What each rank has (its slices: `cuts` in checkpoint.py)
 
 def share(c: Config, size: int) -> Config:
-    """The model that one of so many ranks computes. Raises ValueError if they cannot share it."""
-    able = [n for n in range(1, 65) if not (c.H % n or c.I % n or c.K % n and n % c.K) and -(-c.V // n) * (n - 1) < c.V]
+    """The model that one of so many ranks computes; `plan_cuts` in checkpoint.py has its slices. Raises ValueError if
+    they cannot share it."""
+    able = [n for n in range(1, 65) if not (c.H % n or c.I % n or c.K % n and n % c.K or -(-c.V // n) * (n - 1) >= c.V)]
     if size not in able:
         raise ValueError(f"tensor_parallel_size is {size}, and {c.H} query heads, {c.K} KV heads and the MLP's {c.I} "
                          f"columns cannot all be shared out evenly: use {' or '.join(map(str, able))}")
@@ -82,11 +80,8 @@ def share(c: Config, size: int) -> Config:
 # How ranks talk
 
 class Ranks:
-    """The ranks that share a model, as one of them sees them.
-
-    gloo carries what CPUs tell each other and, without GPUs, the reductions. NCCL carries those of GPUs, and CUDA
-    graphs record them. Raises Broken when a rank has ended.
-    """
+    """The ranks that share a model, as one of them sees them. gloo carries what CPUs tell each other and, without GPUs,
+    the reductions. NCCL carries those of GPUs, and CUDA graphs record them. Raises Broken when a rank has ended."""
 
     def __init__(self, url: str, here: int, device: torch.device, processes: list[subprocess.Popen] = ()):
         """url: where they meet. here: how many are on this machine. processes: those that this one has started."""
@@ -216,10 +211,10 @@ def start_processes(size: int, device: torch.device) -> Ranks:
         url = f"file://{folder}/store?world_size={size}&rank="
         try:
             for rank in range(1, size):   # each in a session of its own: Ctrl-C is not for it
-                more = {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(threads)}
                 processes.append(subprocess.Popen(
-                    [sys.executable, __file__, url + str(rank), str(size), device.type], env=os.environ | more,
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True))
+                    [sys.executable, __file__, url + str(rank), str(size), device.type], start_new_session=True,
+                    env=os.environ | {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(threads)},
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE))
             for rank, process in enumerate(processes, 1):   # their imports take seconds
                 if process.stdout.readline() != b"ready\n":
                     raise RuntimeError(f"rank {rank} has ended")
@@ -321,8 +316,7 @@ def run(numbers: list[int], runner: ModelRunner, tables: dict[int, list[int]]):
 
 
 def serve(url: str, here: int, device: str) -> int:
-    """Join a group and follow. Returns the exit status. The last words of a rank that fails are for rank 0, or, under
-    torchrun, for the terminal."""
+    """Join a group and follow. Returns the exit status. Last words are for rank 0, or under torchrun for the terminal."""
     try:
         device = find_device(device)
         device = find_device(f"cuda:{os.environ['LOCAL_RANK']}") if device.type == "cuda" else device

@@ -158,6 +158,12 @@ def test_sizes_that_cannot_be_cut_are_refused_by_name(tmp_path, change, size, wo
         LLM(tmp_path, device="cpu", tensor_parallel_size=size)
 
 
+def test_whole_weights_are_not_cut():
+    alone = LLM(HERE / "demo/llama", device="cpu")
+    with pytest.raises(ValueError, match="leave one of the two out"):
+        LLM(HERE / "demo/llama", device="cpu", weights=alone.model.weights, tensor_parallel_size=2)
+
+
 def test_devices_that_ranks_cannot_share_are_refused_by_name():
     c = read_config(HERE / "demo/llama")
     for device in ("cuda", "cuda:0", "mps"):
