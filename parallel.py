@@ -316,7 +316,7 @@ def run(numbers: list[int], runner: ModelRunner, tables: dict[int, list[int]]):
 
 
 def serve(url: str, here: int, device: str) -> int:
-    """Join a group and follow. Returns the exit status. Last words are for rank 0, or under torchrun for the terminal."""
+    """Join a group and follow. The exit status. Last words are for rank 0, or under torchrun for the terminal."""
     try:
         device = find_device(device)
         device = find_device(f"cuda:{os.environ['LOCAL_RANK']}") if device.type == "cuda" else device
