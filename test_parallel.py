@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import cli
@@ -87,6 +87,8 @@ def logits_of(c, weights, ids):
 @settings(max_examples=40)
 @given(family=st.sampled_from(sorted(FAMILIES)), size=st.integers(2, 4), heads=st.sampled_from([(4, 2), (4, 1), (6, 3), (8, 4), (12, 2), (4, 4), (6, 1)]),
        inner=st.sampled_from([24, 48, 384]), V=st.integers(9, 70), stored=st.sampled_from([None, None, "float", "blocks"]), seed=st.integers(0, 99))
+@example(family="llama 2", size=2, heads=(4, 4), inner=384, V=61, stored="blocks", seed=0)   # a block is cut
+@example(family="llama 2", size=3, heads=(6, 3), inner=384, V=61, stored="blocks", seed=0)   # none is
 def test_the_ranks_logits_are_those_of_the_model(tmp_path, family, size, heads, inner, V, stored, seed):
     """For every family, K below the number of ranks, an uneven vocabulary, and weights stored in 8 bits."""
     H, K = heads
