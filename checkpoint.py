@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from config import Config, Fields
-from linear import GROUP, Part, has_kernels, pack, pack_experts, quantize, widen
+from linear import GROUP, Columns, Part, Vocabulary, has_kernels, pack, pack_experts, quantize, widen
 
 
 # ---------------------------------------------------------------------------------------------
@@ -35,6 +35,7 @@ from linear import GROUP, Part, has_kernels, pack, pack_experts, quantize, widen
 
 Stored = tuple[str, tuple[int, ...]]   # a tensor in the files: its name, its shape there
 LET_GO = 32 << 20   # bytes that are read through open files, after which they are closed
+Cut = tuple[int, list[slice]]          # what one rank of several has of a tensor: slices along this axis, as stored
 
 
 class Checkpoint:
@@ -118,10 +119,11 @@ class Checkpoint:
                 raise ValueError(f"tensor {self.names[name]} has no place in the model that config.json describes: "
                                  "the two do not belong together")
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, cut: Cut | None = None) -> Tensor:
         # Closing a file lets go of its mapped pages, so memory holds one copy of the weights. Opening it reads the
         # names of all its tensors: of thousands of small ones, many are read between.
-        tensor = self._open(self.files[self.names[name]]).get_tensor(self.names[name])
+        file = self._open(self.files[self.names[name]])
+        tensor = take(file.get_slice(self.names[name]), cut) if cut else file.get_tensor(self.names[name])
         self.taken += tensor.nbytes
         if self.taken > LET_GO:
             self.opened, self.taken = {}, 0
@@ -134,6 +136,12 @@ class Checkpoint:
             raise ValueError(f"tensor {self.names[name]} holds a scale that is not a finite number above 0: "
                              "fetch the checkpoint again")
         return scale
+
+
+def take(tensor: Tensor, cut: Cut) -> Tensor:
+    """What a cut leaves of a tensor, or of one that is still in its file."""
+    axis, slices = cut
+    return torch.cat([tensor[:, one] if axis else tensor[one] for one in slices], axis)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -223,6 +231,43 @@ def plan_scales(c: Config, checkpoint: Checkpoint) -> dict[str, Stored]:
     return scales
 
 
+def plan_cuts(c: Config, rank: int, size: int) -> dict[str, Cut]:
+    """What one of several ranks has of each stored tensor (parallel.py says why): the axis along which it is cut, and
+    the slices. What is not named here every rank has whole."""
+    def piece(count: int, rows: int = 1) -> slice:
+        return slice(count * rank // size * rows, count * (rank + 1) // size * rows)
+
+    first = c.K * rank // size   # of the KV heads
+    q, kv = piece(c.H, c.D), slice(first * c.D, (first + max(1, c.K // size)) * c.D)
+    words, mlp = Vocabulary.piece(c.V, rank, size), piece(c.I)
+    # Of weights [out, in]: rows, stacked as in `plan_parts`, or columns.
+    rows = {"qkv": [q, kv, kv], "up": [mlp, mlp], "embedding": [words], "head": [words]}
+    columns = {"out": [q], "down": [mlp]}
+    if m := c.latent:   # heads are cut, and latents are whole
+        q = piece(c.H, m.plain + m.rotary)
+        rows |= {"qkv": [None if m.q_rank else q, None], "q_up": [q], "kv_up": [piece(c.H, m.plain + m.value)]}
+        columns["out"] = [piece(c.H, m.value)]
+    if e := c.experts:
+        shared, mine = piece(e.shared), piece(e.X)
+        rows["shared_up"], columns["shared_down"] = [shared, shared], [shared]
+    found = {}
+    for part, weights, biases in plan_parts(c):
+        for i, (name, _) in enumerate(weights if part in rows or part in columns else ()):
+            if expert := re.search(r"\.experts\.(\d+)\.", name):   # whole, on one of the ranks
+                if not mine.start <= int(expert[1]) < mine.stop:
+                    found[name] = 0, [slice(0, 0)]
+                continue
+            slices = columns[part] if part in columns else rows[part][i:i + 1]
+            if part == "qkv" and len(weights) == 1:   # GPT-2 stores all three as one
+                slices = [slice(n * c.E + one.start, n * c.E + one.stop) for n, one in enumerate(rows[part])]
+            if slices == [None]:
+                continue
+            found[name] = int((part in columns) != is_conv1d(name)), slices
+            if biases and part in rows:
+                found[biases[i][0]] = 0, slices
+    return found
+
+
 def interleave_pairs(weight: Tensor, D: int) -> Tensor:
     """The rows of each head with RoPE's pairs side by side, as `rotate` in model.py wants them; q.k stays the same.
 
@@ -233,14 +278,20 @@ def interleave_pairs(weight: Tensor, D: int) -> Tensor:
     return halves.transpose(1, 2).flatten(0, 2)     # [heads, pair, half, ...], and flat again
 
 
+def is_conv1d(name: str) -> bool:
+    """Whether this is one of GPT-2's weights that are stored as [in, out]."""
+    return re.search(r"\.c_\w+\.weight$", name) is not None
+
+
 def to_our_layout(stored: Tensor, name: str, c: Config) -> Tensor:
     """A stored tensor in the order in which the model uses it: a weight is [out, in]."""
-    if re.search(r"\.c_\w+\.weight$", name):   # GPT-2's Conv1D: [in, out]
+    if is_conv1d(name):
         return stored.T
     if c.latent:
         if c.interleaved or not re.search(r"\.(q|q_b|kv_a)_proj", name):
             return stored
-        heads = stored.unflatten(0, (1 if "kv_a" in name else c.H, -1))   # the last rows of each are the rotary ones
+        size = c.D if "kv_a" in name else c.latent.plain + c.latent.rotary
+        heads = stored.unflatten(0, (-1, size))   # the last rows of each are the rotary ones
         plain, rotary = heads.split([heads.shape[1] - c.latent.rotary, c.latent.rotary], 1)
         rotary = interleave_pairs(rotary.flatten(0, 1), c.latent.rotary).view_as(rotary)
         return torch.cat([plain, rotary], 1).flatten(0, 1)
@@ -251,11 +302,12 @@ def to_our_layout(stored: Tensor, name: str, c: Config) -> Tensor:
 
 def make_parts(c: Config, device: torch.device, dtype: torch.dtype, quantization: str | None,
                read: Callable[[str, tuple[int, ...]], Tensor],
-               read_scale: Callable[[str, tuple[int, ...]], Tensor | None] = lambda name, shape: None,
+               read_scale: Callable[[str, tuple[int, ...]], Tensor | None] = lambda name, shape: None, ranks=None,
                ) -> dict[str, list[Part | list[Part] | None]]:
     """Every part by its name, one entry per layer (or one); of a layer's experts what `pack_experts` gives, and None
     for the router of a layer without them. `read` gives the stored tensor of a name and shape, and `read_scale` the
-    scale of its rows, float32 [out, G], if it is stored in 8 bits.
+    scale of its rows, float32 [out, G], if it is stored in 8 bits. ranks: they share the model, and of a tensor that is
+    cut, what is read is this rank's slice; None: it is whole.
 
     One part is made at a time, and of what is packed the plain form is let go: beside the model, memory holds a part
     or two.
@@ -283,20 +335,32 @@ def make_parts(c: Config, device: torch.device, dtype: torch.dtype, quantization
     for name, weights, biases in plan_parts(c):
         precise = name == "router" and c.experts.precise
         part = make_part(weights, biases, torch.float32 if precise else dtype) if weights else None
+        experts = weights and ".experts." in weights[0][0]
         if name == "kv_up":   # it multiplies queries and answers head by head, in float
             part = widen(part, dtype)
+        if ranks and part and name in ("out", "down", "shared_down", "router") and not experts:
+            # The bias of columns is added once. A router is whole, and what its experts give is the sum of the ranks'.
+            bias = part.bias if name == "router" or not ranks.rank else None
+            part = replace(part, bias=bias, slice=Columns(ranks))
+        if ranks and name in ("embedding", "head"):
+            part = replace(part, slice=Vocabulary(ranks, c.V))
         if part and name in MULTIPLIED:
             part = quantize(part, quantization)
-            part = pack_experts(part, c.experts.X, dtype) if ".experts." in weights[0][0] else pack(part, dtype)
+            if experts:
+                first, last = Columns(ranks).piece(c.experts.X) if ranks else (0, c.experts.X)
+                part = pack_experts(part, last - first, dtype)
+            else:
+                part = pack(part, dtype)
         parts.setdefault(name, []).append(part)
     if c.tied:   # the embedding stays as it is: the model takes rows of it
-        parts["head"] = [pack(quantize(Part(parts["embedding"][0].weight), quantization), dtype)]
+        parts["head"] = [pack(quantize(replace(parts["embedding"][0]), quantization), dtype)]
     return parts
 
 
 def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dtype,
-                 quantization: str | None = None) -> dict[str, list[Part]]:
-    """The parts of a checkpoint, straight from its mapped files. Raises ValueError naming a bad tensor."""
+                 quantization: str | None = None, ranks=None) -> dict[str, list[Part]]:
+    """The parts of a checkpoint, straight from its mapped files. ranks: they share the model (parallel.py), and each
+    reads its slices only. Raises ValueError naming a bad tensor."""
     checkpoint = Checkpoint(folder)
     embedding, head = ("wte.weight" if c.family == "gpt2" else "embed_tokens.weight"), "lm_head.weight"
     if c.tied and embedding not in checkpoint.names and head in checkpoint.names:   # its other name
@@ -313,6 +377,10 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
         c = replace(c, tied=True)
         del expected[head]
 
+    cuts = plan_cuts(c, ranks.rank, ranks.size) if ranks else {}
+    for name, (axis, slices) in cuts.items():
+        length = sum(one.stop - one.start for one in slices)
+        expected[name] = (*expected[name][:axis], length, *expected[name][axis + 1:])
     eight_bits = {name for part, weights, _ in plan_parts(c) if part in MULTIPLIED
                   for name, _ in weights if quantization or name in scales}
     if "fp8" in (quantization, c.stored) and not has_kernels(device):   # `pack` widens them
@@ -329,23 +397,36 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
     def read(name: str, shape: tuple[int, ...]) -> Tensor:
         nonlocal done
         done += sizes[name]
-        if sys.stderr.isatty() and time.perf_counter() - begin > 1:
+        if not (ranks and ranks.rank) and sys.stderr.isatty() and time.perf_counter() - begin > 1:
             text = f"loading {folder}: {done / total:4.0%} of {total / 1e9:.1f} GB" if done < total else "\x1b[K"
             print("\r" + text, end="", file=sys.stderr, flush=True)
-        return checkpoint.read(name)
+        weight = checkpoint.read(name, cuts.get(name))
+        if name in widened:
+            scale = checkpoint.read_scale(scales[name][0]).repeat_interleave(GROUP, 0)[:shape[0]]
+            weight = weight.to(dtype).mul_(take(scale.repeat_interleave(GROUP, 1), cuts[name]))
+        return weight
 
     def read_scale(name: str, shape: tuple[int, ...]) -> Tensor | None:
-        if name not in scales:
+        if name not in scales or name in widened:
             return None
         scale = checkpoint.read_scale(scales[name][0])
-        return scale.repeat_interleave(GROUP, 0)[:shape[0]] if c.blocks else scale.view(-1, 1)
-    return make_parts(c, device, dtype, quantization, read, read_scale)
+        scale = scale.repeat_interleave(GROUP, 0)[:shape[0]] if c.blocks else scale.view(-1, 1)
+        axis, (piece,) = cuts.get(name, (0, [slice(0, len(scale))]))
+        if axis == 0:
+            return scale[piece]
+        return scale[:, piece.start // GROUP:piece.stop // GROUP] if c.blocks else scale
+    # A rank that begins within a block of 128 columns has no scale for its groups of 128: such weights become floats.
+    widened = {name for name in cuts if c.blocks and name in scales and cuts[name][0] and expected[name][1] % GROUP}
+    return make_parts(c, device, dtype, quantization, read, read_scale, ranks)
 
 
 def random_weights(c: Config, device: torch.device, dtype: torch.dtype,
-                   quantization: str | None = None) -> dict[str, list[Part]]:
+                   quantization: str | None = None, ranks=None) -> dict[str, list[Part]]:
     """Weights of the right shape that know nothing, for measuring."""
+    cuts = plan_cuts(c, ranks.rank, ranks.size) if ranks else {}
+
     def read(name: str, shape: tuple[int, ...]) -> Tensor:
         stored = torch.empty(shape, dtype=dtype, device=device)
-        return stored.normal_(0, 0.02) if len(shape) > 1 else stored.fill_(name.endswith("weight"))
-    return make_parts(c, device, dtype, quantization, read)
+        stored = stored.normal_(0, 0.02) if len(shape) > 1 else stored.fill_(name.endswith("weight"))
+        return take(stored, cuts[name]) if name in cuts else stored
+    return make_parts(c, device, dtype, quantization, read, ranks=ranks)

@@ -21,6 +21,7 @@ if sys.argv and Path(sys.argv[0]).name == "nanoserve.py":   # Ctrl-C during the 
 
 from distributed import Disaggregated
 from nanoserve import LLM, SamplingParams
+from parallel import Broken
 from watch import Explanation, Timeline
 
 
@@ -62,6 +63,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="int8: K and V in a byte a number, so that more tokens fit (default: auto, as the model computes them)")
     add("--speculative-model", metavar="MODEL", help="who guesses tokens that the model then verifies in one step: "
         "ngram, or the folder of a smaller model with the same vocabulary (default: nobody)")
+    add("--tensor-parallel-size", type=int, default=1, metavar="N",
+        help="cut the weights for N processes, each with a GPU of its own if there are some (default: 1)")
     add("--num-speculative-tokens", type=int, default=4, metavar="N",
         help="guess at most N tokens per text and step (default: 4)")
     add("--disaggregate", metavar="P:D", help="P processes for prompts and D for decodes, 1:1 say (default: neither)")
@@ -116,7 +119,7 @@ def serve(args: argparse.Namespace) -> int:
                                if name in SamplingParams.__dataclass_fields__ and value is not None})
     options = {name: getattr(args, name) for name in (
         "device", "dtype", "attention", "block_size", "num_blocks", "max_batched_tokens", "max_seqs", "quantization",
-        "kv_cache_dtype", "speculative_model", "num_speculative_tokens")}
+        "kv_cache_dtype", "speculative_model", "num_speculative_tokens", "tensor_parallel_size")}
     if args.disaggregate:
         llm = Disaggregated(args.model, *map(int, args.disaggregate.split(":")), **options)
     else:
@@ -171,7 +174,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def exit_status(name: str, command: Callable[[], int]) -> int:
-    """What the command returns; 2 for bad input, 1 if standard output was closed or is full, 130 after Ctrl-C."""
+    """What the command returns; 2 for bad input, 1 if standard output was closed or is full or a rank has ended, 130
+    after Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stderr = sys.stderr or open(os.devnull, "w")   # None: the shell closed it
     if sys.stdout is None:
@@ -187,6 +191,9 @@ def exit_status(name: str, command: Callable[[], int]) -> int:
     except ValueError as error:
         say(f"{name}: {error}")
         return 2
+    except Broken as error:
+        say(f"{name}: {error}")
+        return 1
     except OSError as error:
         if error.filename:
             say(f"{name}: {error.filename} cannot be opened ({error.strerror}): give yourself the permission to")

@@ -404,6 +404,8 @@ class Disaggregated(LLM):
                 raise ValueError(f"{what} is {str(number)[:50]}: it must be a number of processes from 1 to 64")
         if options.get("weights") is not None:
             raise ValueError("weights cannot be shared between processes: leave them out")
+        if options.get("tensor_parallel_size", 1) != 1:
+            raise ValueError("each worker has a whole model, which tensor_parallel_size would cut: leave it out")
         self.folder = None if isinstance(model, Config) else Path(model)
         self.config = c = read_config(self.folder) if self.folder else model
         self.tokenizer = load_tokenizer(self.folder) if self.folder else None

@@ -26,20 +26,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import Experts
-from linear import Part, linear_experts
+from linear import linear, linear_experts, multiply
 
 
-def mixture(x_TE: Tensor, router: Part, up: Part | list[Part], down: Part | list[Part], e: Experts,
-            activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """[T, E]: what each token's experts make of it, added up by weight in float32. up, down: as `pack_experts` gives
-    them, with an expert's gate above its up. The router's bias is the correction of its scores."""
+def mixture(x_TE: Tensor, w: dict[str, list], l: int, e: Experts, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """[T, E]: what its experts make of each token, added up by weight in float32, and the MLP that all tokens share, if
+    there is one. An expert's gate stands above its up. The router's bias is the correction of its scores. Where several
+    ranks share the model, each has some of the experts, and a slice of what all tokens share."""
+    router = w["router"][l]
     logits_TX = F.linear(x_TE.to(router.weight.dtype), router.weight).float()
     weight_TC, expert_TC = choose(logits_TX, router.bias, e)
     order_R, starts_X = sort_visits(expert_TC, e.X)
-    gate, value = linear_experts(x_TE, up, order_R, starts_X).chunk(2, -1)
-    y_RE = linear_experts(activation(gate).mul_(value), down, order_R, starts_X)
+    first, last = router.slice.piece(e.X) if router.slice else (0, e.X)
+    starts_X = starts_X[first:last + 1]
+    gate, value = linear_experts(x_TE, w["up"][l], order_R, starts_X).chunk(2, -1)
+    y_RE = linear_experts(activation(gate).mul_(value), w["down"][l], order_R, starts_X)
     y_TCE = y_RE.view(*expert_TC.shape, -1) * weight_TC[:, :, None]
-    return y_TCE.sum(1).to(x_TE.dtype)
+    y_TE = y_TCE.sum(1).to(x_TE.dtype)
+    if e.shared:
+        gate, value = linear(x_TE, w["shared_up"][l]).chunk(2, -1)
+        y_TE += multiply(activation(gate).mul_(value), w["shared_down"][l])
+    return router.slice.join(y_TE) if router.slice else y_TE
 
 
 def choose(logits_TX: Tensor, correction_X: Tensor | None, e: Experts) -> tuple[Tensor, Tensor]:

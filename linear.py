@@ -25,7 +25,7 @@ no processor multiplies it, so on a CPU it is widened while loading. It saves th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -46,14 +46,29 @@ class Part:
 
     A weight in 8 bits, int8 or float8_e4m3fn, has a scale, float32 [out, G]: what the weights of row o and of group g
     of the columns are multiplied by. G is 1, or there is a group for each 128 columns.
+
+    Where several processes share a model, a part is a slice of the weight, and `slice` joins what the ranks compute.
+    None: no other rank is needed.
     """
     weight: Tensor
     bias: Tensor | None = None
     scale: Tensor | None = None
+    slice: Columns | Vocabulary | None = None
 
 
 def linear(x_TE: Tensor, part: Part) -> Tensor:
     """x W^T + b: [T, out], in the dtype of x."""
+    y_TF = multiply(x_TE, part)
+    return y_TF if part.slice is None else part.slice.join(y_TF)
+
+
+def rows(ids_T: Tensor, part: Part) -> Tensor:
+    """The rows of the weight by their numbers: [T, in]."""
+    return part.weight[ids_T] if part.slice is None else part.slice.rows(ids_T, part.weight)
+
+
+def multiply(x_TE: Tensor, part: Part) -> Tensor:
+    """x W^T + b of what is in this part."""
     if part.scale is not None:
         return linear_triton(x_TE, part) if has_kernels(x_TE.device) else linear_int8(x_TE, part)
     if part.weight.is_mkldnn:
@@ -73,7 +88,48 @@ def pack(part: Part, dtype: torch.dtype) -> Part:
         return part
     if weight.dtype == torch.float32 and weight.nbytes < SMALL:
         return part
-    return Part(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows), part.bias)
+    return replace(part, weight=torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows))
+
+
+# ---------------------------------------------------------------------------------------------
+# A slice of a part (parallel.py). `ranks` has `rank` and `size`, and sums, compares and gathers the tensors of all
+
+class Columns:
+    """Of a weight that each rank has some columns of: the product is the sum of the ranks' products."""
+
+    def __init__(self, ranks):
+        self.ranks, self.join, self.largest = ranks, ranks.sum, ranks.largest
+
+    def piece(self, count: int) -> tuple[int, int]:
+        """Which of so many things are this rank's: from the first, up to the last and without it."""
+        return count * self.ranks.rank // self.ranks.size, count * (self.ranks.rank + 1) // self.ranks.size
+
+
+class Vocabulary:
+    """Of an embedding or a head that each rank has some rows of, the last rank perhaps fewer than the others."""
+
+    def __init__(self, ranks, V: int):
+        self.ranks, self.V, self.start = ranks, V, self.piece(V, ranks.rank, ranks.size).start
+
+    @staticmethod
+    def piece(V: int, rank: int, size: int) -> slice:
+        return slice(-(-V // size) * rank, min(V, -(-V // size) * (rank + 1)))
+
+    def join(self, logits_BV: Tensor) -> Tensor:
+        """Everybody's logits, on rank 0. The others go on with their own, which nobody reads."""
+        missing = -(-self.V // self.ranks.size) - logits_BV.shape[1]
+        found = self.ranks.gather(F.pad(logits_BV, (0, missing))) if len(logits_BV) else []
+        return torch.cat(found, 1)[:, :self.V] if found else logits_BV
+
+    def largest(self, x: Tensor) -> Tensor:
+        """Rows are whole here, and so is what is largest in them."""
+        return x
+
+    def rows(self, ids_T: Tensor, weight: Tensor) -> Tensor:
+        """Zeros for rows that others have, and the sum is everybody's."""
+        local_T = ids_T - self.start
+        there_T1 = ((local_T >= 0) & (local_T < len(weight)))[:, None]
+        return self.ranks.sum(torch.where(there_T1, weight[local_T.clamp(0, len(weight) - 1)], 0))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -93,7 +149,7 @@ def linear_experts(x_NE: Tensor, experts: Part | list[Part], order_R: Tensor, st
 
     x has a row per visit, or one that a token's visits share: visit r multiplies row r // (R // N). Each expert
     multiplies all of its rows at once. On a GPU all of them do so in one launch, and nothing waits for the GPU, so a
-    graph can record it.
+    graph can record it. Visits of experts that are not here give zeros.
     """
     if isinstance(experts, Part):
         return linear_experts_triton(x_NE, experts, order_R, starts_X)
@@ -101,8 +157,9 @@ def linear_experts(x_NE: Tensor, experts: Part | list[Part], order_R: Tensor, st
     for part, begin, end in zip(experts, starts, starts[1:]):
         if begin < end:
             found.append(linear(x_NE[order_R[begin:end] // share], part))
+    found = found or [linear(x_NE[:1], experts[0])[:0]]   # nobody visits the experts that are here
     y_RF = torch.cat(found)   # in the order of the experts
-    return torch.empty_like(y_RF).index_copy_(0, order_R, y_RF)
+    return y_RF.new_zeros(len(order_R), y_RF.shape[1]).index_copy_(0, order_R[starts[0]:starts[-1]], y_RF)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -119,10 +176,13 @@ def quantize(part: Part, quantization: str | None) -> Part:
     weight_FE = torch.empty(part.weight.shape, dtype=dtype, device=part.weight.device)
     scale_F1 = torch.empty(len(weight_FE), 1, device=part.weight.device)
     for plain, weight, scale in zip(part.weight.split(1024), weight_FE.split(1024), scale_F1.split(1024)):
-        scale.copy_(plain.abs().amax(1, keepdim=True)).div_(largest)
+        scale.copy_(plain.abs().amax(1, keepdim=True))
+        if part.slice is not None:   # the scale is that of the whole row
+            part.slice.largest(scale)
+        scale.div_(largest)
         scaled = plain / scale.clamp_min(torch.finfo(torch.float32).tiny)
         weight.copy_(scaled.round_() if dtype == torch.int8 else scaled)
-    return Part(weight_FE, part.bias, scale_F1)
+    return replace(part, weight=weight_FE, scale=scale_F1)
 
 
 def widen(part: Part, dtype: torch.dtype) -> Part:
@@ -133,19 +193,26 @@ def widen(part: Part, dtype: torch.dtype) -> Part:
     columns = GROUP if part.scale.shape[1] > 1 else weight.shape[1]
     for piece, scale in zip(weight.split(columns, 1), part.scale.split(1, 1)):
         piece.mul_(scale)
-    return Part(weight, part.bias)
+    return replace(part, weight=weight, scale=None)
 
 
-def quantize_rows(x_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [T, E] and a scale per token, float32 [T, 1]. A row of zeros has the scale 0 and a row with a NaN the scale
-    NaN, which is what all their products become."""
-    scale_T1 = x_TE.abs().amax(-1, keepdim=True).float().div_(127)
+def quantize_rows(x_TE: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    """Bytes [T, E] of the part's type and a scale per token, float32 [T, 1]. A row of zeros has the scale 0 and a row
+    with a NaN the scale NaN, which is what all their products become. Of a row whose columns are on several ranks the
+    largest number of all decides."""
+    scale_T1 = x_TE.abs().amax(-1, keepdim=True).float()
+    if part.slice is not None:
+        part.slice.largest(scale_T1)
+    if part.weight.dtype == torch.float8_e4m3fn:
+        scale_T1.div_(448)
+        return (x_TE / scale_T1.clamp_min(torch.finfo(torch.float32).tiny)).to(torch.float8_e4m3fn), scale_T1
+    scale_T1.div_(127)
     return (x_TE / scale_T1).round_().to(torch.int8), scale_T1
 
 
 def linear_int8(x_TE: Tensor, part: Part) -> Tensor:
     """`linear` for a weight of int8: whole numbers, exactly, then the scales."""
-    rows_TE, scale_T1 = quantize_rows(x_TE)
+    rows_TE, scale_T1 = quantize_rows(x_TE, part)
     if part.weight.is_mkldnn:   # it wants rows from 1 to 255, and takes out of the sums what that adds
         rows_TE = rows_TE.view(torch.uint8).bitwise_xor_(128)
         y_TF = torch.ops.onednn.qlinear_pointwise.default(
@@ -169,7 +236,8 @@ def pack_int8(part: Part) -> Part:
     able = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
     if part.weight.device.type != "cpu" or not able:
         return part
-    return Part(torch.ops.onednn.qlinear_prepack(part.weight, None), part.bias, part.scale[:, 0].contiguous())
+    weight = torch.ops.onednn.qlinear_prepack(part.weight, None)
+    return replace(part, weight=weight, scale=part.scale[:, 0].contiguous())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -228,7 +296,10 @@ def linear_triton(x_TE: Tensor, part: Part) -> Tensor:
     """
     load_triton()
     (T, E), (out, G), fp8 = x_TE.shape, part.scale.shape, part.weight.dtype != torch.int8
-    q_TE, scale_TG = quantize_rows_triton(x_TE, part.weight.dtype, G)
+    if part.slice is not None and G == 1:   # what decides is between two steps: the ranks' largest number
+        q_TE, scale_TG = quantize_rows(x_TE, part)
+    else:
+        q_TE, scale_TG = quantize_rows_triton(x_TE, part.weight.dtype, G)
     y_TF = torch.empty(T, out, dtype=x_TE.dtype, device=x_TE.device)
     if torch_multiplies(x_TE, part):
         if fp8:
@@ -408,7 +479,7 @@ def linear_experts_triton(x_NE: Tensor, part: Part, order_R: Tensor, starts_X: T
     if scale is not None:
         x, x_scale_NG = quantize_rows_triton(x_NE, weight.dtype, G)
         x, weight = x.view(torch.int8), weight.view(torch.int8)
-    y_RF = torch.empty(R, out, dtype=x_NE.dtype, device=x_NE.device)
+    y_RF = torch.zeros(R, out, dtype=x_NE.dtype, device=x_NE.device)
     options = tile_options(R / X, E, part.weight.dtype)
     tiles = (R - min(R, X)) // options["ROWS"] + min(R, X)
     _experts_kernel[(triton.cdiv(out, options["TILE"]), tiles)](

@@ -31,11 +31,12 @@ from torch import Tensor
 
 from batch import Batch, Chunk, Graphs, make_batch
 from config import Config
-from device import single_thread
+from device import memory_for_pool, single_thread
 from experts import mixture
 from kernels import ATTENTION, WRITE_KV
 from latent import attend_to_latents
-from linear import Part, linear
+from linear import Part, linear, rows
+from paged_kv import KVMemory, KVPool
 
 GELU_TANH = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": F.gelu, "relu": F.relu,
@@ -63,7 +64,7 @@ class Model:
         """Run the batch's T tokens, leave their K and V in the pool; logits float32 [len(batch.logit_rows), V]."""
         c, w, gated = self.config, self.weights, self.config.family != "gpt2"
         layers = list(zip(*(memory.unbind() for memory in pool.memory)))   # K, V, and in INT8 the scales of both
-        x_TE, turns_T1P = w["embedding"][0].weight[batch.tokens_T], None
+        x_TE, turns_T1P = rows(batch.tokens_T, w["embedding"][0]), None
         if c.rope:
             angles_T1P = batch.positions_T[:, None, None] * self.frequencies    # P = D / 2 pairs
             turns_T1P = torch.polar(torch.full_like(angles_T1P, c.rope["attention_factor"]), angles_T1P)
@@ -75,19 +76,17 @@ class Model:
             o_THD = attend(linear(norm(x_TE, w["attn_norm"][l], c.eps), w["qkv"][l]), l, turns_T1P, batch, *layers[l])
             x_TE += linear(o_THD.flatten(1), w["out"][l])
 
-            h_TE, up, down = norm(x_TE, w["mlp_norm"][l], c.eps), w["up"][l], w["down"][l]
-            if c.experts and l in c.experts.layers:   # the MLPs that each token chooses; then the one of all, if any
-                x_TE += mixture(h_TE, w["router"][l], up, down, c.experts, ACTIVATIONS[c.activation])
-                if not c.experts.shared:
-                    continue
-                up, down = w["shared_up"][l], w["shared_down"][l]
-            h = linear(h_TE, up)
+            h_TE = norm(x_TE, w["mlp_norm"][l], c.eps)
+            if c.experts and l in c.experts.layers:
+                x_TE += mixture(h_TE, w, l, c.experts, ACTIVATIONS[c.activation])
+                continue
+            h = linear(h_TE, w["up"][l])
             if gated:
                 gate, up = h.chunk(2, -1)
                 h = ACTIVATIONS[c.activation](gate).mul_(up)
             else:
                 h = ACTIVATIONS[c.activation](h)
-            x_TE += linear(h, down)
+            x_TE += linear(h, w["down"][l])
 
         x_BE = norm(x_TE[batch.logit_rows], w["final_norm"][0], c.eps)
         return linear(x_BE, w["head"][0]).float()
@@ -166,19 +165,39 @@ class ModelRunner:
         self.model, self.memory, self.pool = model, memory, pool
         self.graphs = Graphs(self.forward, pool.block_size, pool.block_tables_UM) if cuda_graphs else None
 
-    def __call__(self, chunks: list[Chunk]) -> Tensor:
-        """float32 [rows that want logits, V], in the order of the chunks. The next call may write over them."""
-        if not (self.graphs and self.graphs.fit(chunks)):
-            return self.directly(chunks)
+    def __call__(self, chunks: list[Chunk], replay: bool = True) -> Tensor:
+        """float32 [rows that want logits, V], in the order of the chunks. The next call may write over them, unless
+        replay is false: then no graph is used."""
         self.pool.upload()
-        return self.graphs.replay(self.graphs.batch(chunks))[:sum(chunk.logits for chunk in chunks)]
-
-    def directly(self, chunks: list[Chunk]) -> Tensor:
-        """The same without a graph; nothing writes over what it returns."""
-        self.pool.upload()
+        if replay and self.graphs and self.graphs.fit(chunks):
+            return self.graphs.replay(self.graphs.batch(chunks))[:sum(chunk.logits for chunk in chunks)]
         return self.forward(make_batch(chunks, self.pool.block_size, self.model.device, self.pool.block_tables_UM))
 
     def forward(self, batch: Batch) -> Tensor:
         """The model's logits of a batch. It works on as many threads as the step can keep busy."""
         with single_thread(len(batch.tokens_T) * self.model.config.I * self.model.config.E < SINGLE_THREAD):
             return self.model(batch, self.memory)
+
+
+def make_pool(kind: type[KVPool], c: Config, draft: Config | None, dtype: torch.dtype, device: torch.device,
+              block_size: int, num_blocks: int | None, max_seqs: int, prefix_cache: bool, processes: int = 1) -> KVPool:
+    """A pool for a model: of so many blocks, or with room for max_seqs full contexts, or for as much of them as memory
+    allows. dtype: of K and V. draft: of a draft model, whose K and V lie in blocks of their own with the same numbers.
+    processes: how many share the device's memory. Raises ValueError for what does not fit."""
+    int8, full, block_bytes = dtype == torch.int8, -(-c.context // block_size), 0
+    for m in (c, draft) if draft else (c,):
+        row_bytes = m.D + 4 if int8 else m.D * dtype.itemsize   # K or V of a token and head; in INT8 with its scale
+        block_bytes += (1 if m.latent else 2) * m.L * m.K * block_size * row_bytes
+    most, share = (memory // processes for memory in memory_for_pool(device))
+    if num_blocks is None:
+        num_blocks = max(1, min(full * max_seqs, share // block_bytes))
+    if num_blocks * block_bytes > most:
+        raise ValueError(f"{num_blocks} blocks of {block_size} tokens need {num_blocks * block_bytes / 1e9:.1f} GB, and "
+                         f"{device} has {most / 1e9:.1f} GB: at most {most // block_bytes} blocks fit")
+    tables, width = max_seqs + 1, min(num_blocks, full)   # a table more, for `LLM.logits`
+    if tables * width * 8 > most // 8:
+        raise ValueError(f"block tables for {max_seqs} requests of {width} blocks need {tables * width / 125e6:.1f} GB: "
+                         "lower max_seqs or max_batched_tokens")
+    blocks = num_blocks, block_size, dtype, device
+    memory = KVMemory(draft.L, draft.K, draft.D, *blocks, bool(draft.latent)) if draft else None
+    return kind(c.L, c.K, c.D, *blocks, prefix_cache, tables, width, memory, bool(c.latent))

@@ -22,23 +22,25 @@ if __name__ == "__main__":   # the command line is a room of its own, which impo
 
 import math
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from device import find_device, keep_freed_memory, memory_for_pool, uninterrupted   # before torch
+from device import find_device, keep_freed_memory, uninterrupted   # before torch
 
 import torch
 from torch import Tensor
 
 import kernels
+import parallel
 from batch import Chunk
 from checkpoint import load_weights, random_weights
 from config import Config, read_config
 from linear import DTYPES, QUANTIZATIONS, Part, fastest_dtype
-from model import Model, ModelRunner
-from paged_kv import BlockTable, KVMemory, KVPool
+from model import Model, ModelRunner, make_pool
+from paged_kv import BlockTable, KVPool
 from sampling import SamplingParams, choose, describe, is_int, log_probabilities, noise_key
 from speculate import DraftModel, NgramDrafter, Speculator, load_draft
 from tokenizer import load_tokenizer
@@ -297,7 +299,8 @@ class LLM:
     speculative_model: who guesses tokens for the model to verify, "ngram" or the folder of a smaller model with the
     same vocabulary; num_speculative_tokens: how many of a request in a step, at most.
     cuda_graphs: whether decode steps are replayed; None: wherever attention is "triton" on a GPU. weights: those of
-    another LLM of the same model, to share; None: they are read.
+    another LLM of the same model, to share; None: they are read. tensor_parallel_size: how many processes share the
+    model; this one is the first, and the others end with it.
     Raises ValueError, in one sentence, for what does not exist or does not fit.
     """
 
@@ -306,7 +309,8 @@ class LLM:
                  max_seqs: int = 64, prefix_cache: bool = True, quantization: str | None = None,
                  kv_cache_dtype: str = "auto", speculative_model: str | Path | Config | None = None,
                  num_speculative_tokens: int = 4, cuda_graphs: bool | None = None,
-                 weights: dict[str, list[Part]] | None = None):
+                 weights: dict[str, list[Part]] | None = None, tensor_parallel_size: int = 1):
+        parallel.enter(tensor_parallel_size, device)   # what torchrun starts beside the first process stays in there
         self.folder = None if isinstance(model, Config) else Path(model)
         self.config = c = read_config(self.folder) if self.folder else model
         self.device = find_device(device)
@@ -330,7 +334,8 @@ class LLM:
         max_batched_tokens = (4096 if gpu else 512) if max_batched_tokens is None else max_batched_tokens
         for what, value in (("block_size", block_size), ("num_blocks", num_blocks),
                             ("max_batched_tokens", max_batched_tokens), ("max_seqs", max_seqs),
-                            ("num_speculative_tokens", num_speculative_tokens)):
+                            ("num_speculative_tokens", num_speculative_tokens),
+                            ("tensor_parallel_size", tensor_parallel_size)):
             if value is not None and (not is_int(value) or not 0 < value < 2 ** 31):
                 raise ValueError(f"{what} is {str(value)[:50]}: it must be a whole number from 1 to 2147483647")
         kernels.check(attention, self.device, DTYPES[self.dtype], *c.attended)
@@ -338,20 +343,31 @@ class LLM:
             raise ValueError(f"cuda_graphs=True needs attention='triton', not {attention!r}: leave one of them out")
 
         self.tokenizer = load_tokenizer(self.folder) if self.folder else None
+        self.ranks = None
+        if tensor_parallel_size > 1:
+            if weights is not None:
+                raise ValueError("weights are whole, and tensor_parallel_size cuts them: leave one of the two out")
+            self.ranks = parallel.start(tensor_parallel_size, c, self.device,
+                                        self.folder, DTYPES[self.dtype], quantization, attention)
+            weakref.finalize(self, self.ranks.close)   # also when Python ends
         keep_freed_memory(False)
         if weights is None:
-            weights = (load_weights(self.folder, c, self.device, DTYPES[self.dtype], quantization) if self.folder else
-                       random_weights(c, self.device, DTYPES[self.dtype], quantization))
+            read, source = (load_weights, (self.folder, c)) if self.folder else (random_weights, (c,))
+            weights = read(*source, self.device, DTYPES[self.dtype], quantization, self.ranks)
         draft = None if speculative_model in (None, "ngram") else load_draft(
             speculative_model, c, self.tokenizer, self.device, DTYPES[self.dtype], attention, quantization)
         keep_freed_memory(True)
-        self.model = Model(c, weights, attention)
+        self.model = Model(parallel.share(c, tensor_parallel_size), weights, attention)
         max_seqs = min(max_seqs, max_batched_tokens)   # so that a step has a token for everyone who decodes
-        self.pool = self._make_pool(block_size, num_blocks, max_seqs, prefix_cache, draft.config if draft else None)
+        kv_dtype = torch.int8 if kv_cache_dtype == "int8" else DTYPES[self.dtype]
+        self.pool = make_pool(parallel.LeadingPool if self.ranks else KVPool, self.model.config,
+                              draft.config if draft else None, kv_dtype, self.device, block_size, num_blocks, max_seqs,
+                              prefix_cache, self.ranks.here if self.ranks and not gpu else 1)
         self.scheduler = Scheduler(self.pool, max_batched_tokens, max_seqs)
         if cuda_graphs is None:
             cuda_graphs = gpu and attention == "triton" and not kernels.INTERPRETED
-        self.runner = ModelRunner(self.model, self.pool, self.pool, cuda_graphs)
+        self.runner = (parallel.LeadingRunner(self.ranks, self.model, self.pool, cuda_graphs) if self.ranks else
+                       ModelRunner(self.model, self.pool, self.pool, cuda_graphs))
         self.speculator = None
         if speculative_model is not None:
             drafter = DraftModel(draft, self.pool, max_batched_tokens, cuda_graphs) if draft else NgramDrafter()
@@ -361,29 +377,6 @@ class LLM:
         self.stepping, self.doomed = False, []   # who was aborted within a step, by a logits_processor or watcher
         self.next_id = self.steps = self.computed_tokens = self.drafted_tokens = self.accepted_tokens = 0
         self.watchers = []   # called in every step, with what was planned, who gets a token, which one, and the logits
-
-    def _make_pool(self, block_size: int, num_blocks: int | None, max_seqs: int, prefix_cache: bool,
-                   draft: Config | None) -> KVPool:
-        """The pool: room for max_seqs full contexts, or for as much of them as memory allows. draft: of the draft
-        model, whose K and V lie in blocks of their own with the same numbers."""
-        c, int8, dtype = self.config, self.kv_cache_dtype == "int8", DTYPES[self.dtype]
-        full, block_bytes = -(-c.context // block_size), 0
-        for m in (c, draft) if draft else (c,):
-            row_bytes = m.D + 4 if int8 else m.D * dtype.itemsize   # K or V of a token and head; in INT8 with its scale
-            block_bytes += (1 if m.latent else 2) * m.L * m.K * block_size * row_bytes
-        most, share = memory_for_pool(self.device)
-        if num_blocks is None:
-            num_blocks = max(1, min(full * max_seqs, share // block_bytes))
-        if num_blocks * block_bytes > most:
-            raise ValueError(f"{num_blocks} blocks of {block_size} tokens need {num_blocks * block_bytes / 1e9:.1f} GB,"
-                             f" and {self.device} has {most / 1e9:.1f} GB: at most {most // block_bytes} blocks fit")
-        tables, width = max_seqs + 1, min(num_blocks, full)   # a table more, for `logits`
-        if tables * width * 8 > most // 8:
-            raise ValueError(f"block tables for {max_seqs} requests of {width} blocks need {tables * width / 125e6:.1f}"
-                             " GB: lower max_seqs or max_batched_tokens")
-        blocks = num_blocks, block_size, torch.int8 if int8 else dtype, self.device
-        memory = KVMemory(draft.L, draft.K, draft.D, *blocks, bool(draft.latent)) if draft else None
-        return KVPool(c.L, c.K, c.D, *blocks, prefix_cache, tables, width, memory, bool(c.latent))
 
     # --- the loop, one turn at a time
 
@@ -636,7 +629,7 @@ class LLM:
         try:
             for start in range(0, len(tokens), self.scheduler.max_batched_tokens):
                 chunk = tokens[start:start + self.scheduler.max_batched_tokens]
-                rows.append(self.runner.directly([Chunk(chunk, start, table.blocks, len(chunk), table.row)]))
+                rows.append(self.runner([Chunk(chunk, start, table.blocks, len(chunk), table.row)], replay=False))
         finally:
             self.pool.release(table)
         return torch.cat(rows)

@@ -61,6 +61,11 @@ class KVMemory:
         if dtype == torch.int8:
             self.memory += tuple(torch.empty(shape, device=device) for _ in kinds)
 
+    def copy(self, block: int, other: int):
+        """Let the other block hold what this one holds."""
+        for memory in self.memory:
+            memory[:, :, other] = memory[:, :, block]
+
 
 class KVPool(KVMemory):
     """Blocks, and who holds which.
@@ -148,8 +153,7 @@ class KVPool(KVMemory):
             self.references[shared] -= 1
             table.blocks.pop()
             self._append(table, self._take(shared + 1))
-            for memory in self.memory:   # a draft model has read nothing yet: it begins when its request decodes
-                memory[:, :, table.blocks[-1]] = memory[:, :, shared]
+            self.copy(shared, table.blocks[-1])   # a draft has read nothing yet: it begins when its request decodes
         return True
 
     def _append(self, table: BlockTable, block: int):

@@ -341,7 +341,7 @@ def test_same_beginning_in_the_same_step_is_computed_once(lone, budget):
 def test_int8_keys_and_values_take_less_memory_and_change_little(lone, monkeypatch):
     """Per token and head D + 4 bytes instead of 4 D, for K and for V: with D = 8 that is 12 instead of 32."""
     folder, prompts, _ = lone["llama"]
-    monkeypatch.setattr(nanoserve, "memory_for_pool", lambda device: (10 ** 6, 10 ** 5))
+    monkeypatch.setattr("model.memory_for_pool", lambda device: (10 ** 6, 10 ** 5))
     pools = {}
     for kv in ("auto", "int8"):
         llm = LLM(folder, dtype="float32", kv_cache_dtype=kv, block_size=8)

@@ -474,7 +474,7 @@ def test_measured_times():
 # What fits, and what is refused
 
 def test_the_pool_counts_the_drafts_keys_and_values(lone, monkeypatch):
-    monkeypatch.setattr(nanoserve, "memory_for_pool", lambda device: (10 ** 6, 10 ** 5))
+    monkeypatch.setattr("model.memory_for_pool", lambda device: (10 ** 6, 10 ** 5))
     for kv in ("auto", "int8"):
         llm = LLM(lone["llama"][0], dtype="float32", kv_cache_dtype=kv, block_size=8, speculative_model=lone["gpt2"][0])
         draft = llm.speculator.drafter.runner.model.config
