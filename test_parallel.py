@@ -23,7 +23,7 @@ from linear import linear
 from model import Model
 from nanoserve import LLM, SamplingParams
 from paged_kv import KVMemory
-from reference import (FAMILIES, GPT2, LLAMA, compressed_tensors, dequantised, fp8_blocks, in_8_bits, plain, tensors_of,
+from reference import (EXPERTS, FAMILIES, GPT2, LATENTS, LLAMA, compressed_tensors, dequantised, fp8_blocks, in_8_bits, plain, tensors_of,
                        write_checkpoint)
 from test_nanoserve import assert_tokens_do_not_depend_on_company
 
@@ -80,7 +80,7 @@ def on_ranks(size, work):
 
 def logits_of(c, weights, ids):
     S, blocks = 16, list(range(-(-len(ids) // 16)))
-    memory = KVMemory(c.L, c.K, c.D, len(blocks), S)
+    memory = KVMemory(c.L, c.K, c.D, len(blocks), S, latent=bool(c.latent))
     return Model(c, weights, "naive")(make_batch([Chunk(ids, 0, blocks, len(ids))], S), memory)
 
 
@@ -148,6 +148,32 @@ def test_slices_in_8_bits_are_rounded_as_the_whole(tmp_path, gpt2, size, quantiz
         for name in x if not number else ("out", "down"):
             if rows:
                 torch.testing.assert_close(found[name], linear(x[name], whole[name][-1]), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("name", [*EXPERTS, *LATENTS])
+def test_ranks_share_out_experts_and_the_heads_of_latents(tmp_path, name, quantization):
+    said = (EXPERTS | LATENTS)[name] | dict(num_attention_heads=6, num_key_value_heads=6, intermediate_size=48, head_dim=8)
+    said |= dict(moe_intermediate_size=24) if "moe_intermediate_size" in said else {}
+    c, ids = read_config(write_checkpoint(tmp_path, said, tensors_of(said))), list(range(20))
+    whole = load_weights(tmp_path, c, CPU, torch.float32, quantization)
+    expected, cut = logits_of(c, whole, ids), ("up", "down", "shared_up", "shared_down", "kv_up", "q_up", "out", "head")
+
+    def numbers(weights):
+        parts = [part for name in cut for part in weights.get(name, []) if part]
+        return sum(one.weight.numel() for part in parts for one in (part if isinstance(part, list) else [part]))
+    able = [size for size in (2, 3, 4) if not c.experts or size <= c.experts.X]
+    for size in able[:2]:
+        def rank(ranks):
+            weights = load_weights(tmp_path, c, CPU, torch.float32, quantization, ranks)
+            return logits_of(parallel.share(c, size), weights, ids), numbers(weights)
+        results = on_ranks(size, rank)
+        error_T = (results[0][0] - expected).abs().amax(-1) / expected.abs().max()   # in INT8 a sum may round elsewhere
+        assert (error_T.median() if quantization else error_T.max()) < 1e-4
+        assert sum(number for _, number in results) == numbers(whole), "each number is on one rank"
+    if able != [2, 3, 4]:
+        with pytest.raises(ValueError, match=f"{c.experts.X} experts cannot all be shared out"):
+            parallel.share(c, c.experts.X + 1)
 
 
 @pytest.mark.parametrize("change, size, words", [
