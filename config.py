@@ -311,6 +311,7 @@ DEEPSEEK = dict(max_position_embeddings=4096, rms_norm_eps=1e-6, q_lora_rank=153
                 n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, moe_intermediate_size=2048, n_group=8,
                 topk_group=4, topk_method="noaux_tc", scoring_func="sigmoid", norm_topk_prob=True,
                 routed_scaling_factor=2.5)
+NULL_IS_NONE = "q_lora_rank", "n_shared_experts", "first_k_dense_replace"   # elsewhere null is as good as nothing
 DIFFERENT = {
     "deepseek_v2": dict(max_position_embeddings=2048, first_k_dense_replace=0, n_routed_experts=64, n_shared_experts=2,
                         num_experts_per_tok=None, moe_intermediate_size=1407, topk_method="greedy",
@@ -322,9 +323,14 @@ DIFFERENT = {
 }
 
 
+def with_what_is_left_out(raw: Fields, model_type: str) -> Fields:
+    said = {key: value for key, value in raw.values.items() if value is not None or key in NULL_IS_NONE}
+    return Fields(raw.path, DEEPSEEK | DIFFERENT.get(model_type, {}) | said)
+
+
 def read_deepseek_config(raw: Fields, model_type: str, common: dict) -> Config:
     """Latent attention, and experts in all but Youtu."""
-    raw = Fields(raw.path, DEEPSEEK | DIFFERENT.get(model_type, {}) | raw.values)
+    raw = with_what_is_left_out(raw, model_type)
     H, L, P = (raw.need(key) for key in ("num_attention_heads", "num_hidden_layers", "qk_rope_head_dim"))
     biased = {"qkv", "out"} if raw.get("attention_bias", False) else set()
     q_rank = None if raw.values["q_lora_rank"] is None else raw.need("q_lora_rank")

@@ -192,12 +192,12 @@ def make_pool(kind: type[KVPool], c: Config, draft: Config | None, dtype: torch.
     if num_blocks is None:
         num_blocks = max(1, min(full * max_seqs, share // block_bytes))
     if num_blocks * block_bytes > most:
-        raise ValueError(f"{num_blocks} blocks of {block_size} tokens need {num_blocks * block_bytes / 1e9:.1f} GB, and "
-                         f"{device} has {most / 1e9:.1f} GB: at most {most // block_bytes} blocks fit")
+        raise ValueError(f"{num_blocks} blocks of {block_size} tokens need {num_blocks * block_bytes / 1e9:.1f} GB, "
+                         f"and {device} has {most / 1e9:.1f} GB: at most {most // block_bytes} blocks fit")
     tables, width = max_seqs + 1, min(num_blocks, full)   # a table more, for `LLM.logits`
     if tables * width * 8 > most // 8:
-        raise ValueError(f"block tables for {max_seqs} requests of {width} blocks need {tables * width / 125e6:.1f} GB: "
-                         "lower max_seqs or max_batched_tokens")
+        raise ValueError(f"block tables for {max_seqs} requests of {width} blocks need {tables * width / 125e6:.1f} "
+                         "GB: lower max_seqs or max_batched_tokens")
     blocks = num_blocks, block_size, dtype, device
     memory = KVMemory(draft.L, draft.K, draft.D, *blocks, bool(draft.latent)) if draft else None
     return kind(c.L, c.K, c.D, *blocks, prefix_cache, tables, width, memory, bool(c.latent))

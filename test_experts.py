@@ -30,7 +30,7 @@ from reference import (DEEPSEEK_V2_MOE, DEEPSEEK_V3_MOE, EXPERTS, MIXTRAL, QWEN3
                        fp8_blocks, in_8_bits, mlp_shapes, plain, plain_choice, plain_greedy, plain_mixture, random_tensors, silu,
                        tensors_of, write_checkpoint)
 from test_linear import DEVICE, FP8, HERE, INT8, multiplied, needs_triton, quantized, random_part, rounding
-from test_nanoserve import arrivals, assert_tokens_do_not_depend_on_company, engine_options
+from test_nanoserve import BUSY, arrivals, assert_tokens_do_not_depend_on_company, engine_options
 
 CPU = torch.device("cpu")
 NONE = Experts(layers={0}, X=1, C=1, I=8, names=("mlp", "gate_proj", "up_proj", "down_proj"), normalised=False)
@@ -54,7 +54,8 @@ def test_a_token_chooses_the_experts_of_the_best_scores_and_among_equals_the_fir
 def deepseek(change: dict, v3: bool) -> tuple[dict, Experts]:
     """A config, and what is read of it."""
     said = (DEEPSEEK_V3_MOE if v3 else DEEPSEEK_V2_MOE) | change
-    return said, config.read_experts(Fields(Path("config.json"), said), said["model_type"], said["num_hidden_layers"])
+    raw = config.with_what_is_left_out(Fields(Path("config.json"), said), said["model_type"])
+    return said, config.read_experts(raw, said["model_type"], said["num_hidden_layers"])
 
 
 @given(data=st.data(), v3=st.booleans(), greedy=st.booleans(), groups=st.integers(1, 4), size=st.integers(2, 4), seed=st.integers(0, 999))
@@ -202,7 +203,7 @@ def test_a_graph_replays_a_mixture_whoever_is_chosen():
     e = replace(NONE, X=8, C=2, groups=4, top_groups=2, scoring="sigmoid", corrected=True, ranked_by=2)
 
     def step():
-        return mixture(x, router, up, down, e, silu)
+        return mixture(x, dict(router=[router], up=[up], down=[down]), 0, e, silu)
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -236,7 +237,7 @@ for sm in (80, 90, 100):
                                         (True, dict(n_group=1, topk_group=1, n_shared_experts=1)), (True, dict(norm_topk_prob=False))])
 @pytest.mark.parametrize("way", ["each for itself", pytest.param("one launch", marks=needs_triton)])
 def test_a_layer_of_deepseeks_is_what_its_experts_make_of_each_token(monkeypatch, v3, change, way):
-    """Loaded as any model's parts are; the shared one is added by the flow in model.py."""
+    """Loaded as any model's parts are."""
     said, e = deepseek(change, v3)
     c = replace(config.read_config(HERE / "demo/llama"), L=3, E=32, I=48, H=4, K=4, D=8, V=11, experts=e)
     shapes = {f"layers.1.{name}.weight": shape for name, shape in mlp_shapes(said, 1).items()}
@@ -249,10 +250,7 @@ def test_a_layer_of_deepseeks_is_what_its_experts_make_of_each_token(monkeypatch
     assert {part: [p is not None for p in parts[part]] for part in ("router", "shared_up") if part in parts} == (
         {part: [False, True, True] for part in ("router", "shared_up")[:1 + (e.shared > 0)]})
     h = torch.randn(9, 32, generator=torch.Generator().manual_seed(5))
-    y = mixture(h.to(DEVICE), parts["router"][1], parts["up"][1], parts["down"][1], e, silu).cpu()
-    if e.shared:
-        gate, up = linear.linear(h.to(DEVICE), parts["shared_up"][1]).chunk(2, -1)
-        y += linear.linear(silu(gate) * up, parts["shared_down"][1]).cpu()
+    y = mixture(h.to(DEVICE), parts, 1, e, silu).cpu()
     w = {name: tensor.double() for name, tensor in w.items()}
 
     def mlp(h, at, gate, up, down):
@@ -315,6 +313,7 @@ def test_tokens_do_not_depend_on_who_else_has_the_same_experts(alone, name, opti
 
 @needs_triton
 @settings(max_examples=1 if DEVICE == "cpu" else 20)
+@example(**BUSY)
 @given(options=engine_options, spare=st.integers(0, 6), arrivals=arrivals, hopeful=st.booleans())
 def test_nor_do_they_where_one_launch_serves_all_experts(alone, options, spare, arrivals, hopeful):
     with pytest.MonkeyPatch.context() as patch:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import batch
@@ -162,9 +162,12 @@ engine_options = st.fixed_dictionaries(dict(block_size=st.integers(1, 17), max_b
                                             max_seqs=st.integers(1, 9), prefix_cache=st.booleans(),
                                             quantization=st.sampled_from([None, "int8"]),
                                             kv_cache_dtype=st.sampled_from(["auto", "int8"])))
+# Chunks, preemption, a shared prefix, a fork, an abort and newcomers: for tests that have time for a single example.
+BUSY = dict(options=dict(block_size=4, max_batched_tokens=30, max_seqs=4, prefix_cache=True, quantization=None, kv_cache_dtype="auto"),
+            spare=1, arrivals=[(3, 0, 12, None, 1), (4, 0, 8, None, 2), (7, 2, 12, 5, 1), (1, 3, 5, None, 3)], hopeful=True)
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals,
        hopeful=st.booleans())
 def test_tokens_depend_on_the_prompt_alone(lone, config, options, spare, arrivals, hopeful):
@@ -173,16 +176,20 @@ def test_tokens_depend_on_the_prompt_alone(lone, config, options, spare, arrival
 
 
 @pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
-@settings(max_examples=4 if DEVICE == "cpu" else 20)
+@settings(max_examples=1 if DEVICE == "cpu" else 20)
+@example(config="gpt2", **BUSY)
+@example(config="mistral", **BUSY)
 @given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals,
        hopeful=st.booleans())
 def test_tokens_do_not_depend_on_the_attention_backend(lone, config, options, spare, arrivals, hopeful):
-    options["max_batched_tokens"] += 20
+    options = options | dict(max_batched_tokens=options["max_batched_tokens"] + 20)
     assert_tokens_do_not_depend_on_company(lone, config, "triton", options, spare, arrivals[:4], hopeful)
 
 
 @pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
-@settings(max_examples=4 if DEVICE == "cpu" else 20)
+@settings(max_examples=1 if DEVICE == "cpu" else 20)
+@example(config="llama", **BUSY)
+@example(config="mistral", **BUSY | dict(options=BUSY["options"] | dict(kv_cache_dtype="int8")))
 @given(config=st.sampled_from(list(CONFIGS)), options=engine_options, spare=st.integers(0, 6), arrivals=arrivals,
        hopeful=st.booleans())
 def test_tokens_are_the_same_with_cuda_graphs(lone, monkeypatch, config, options, spare, arrivals, hopeful):
