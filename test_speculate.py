@@ -161,7 +161,7 @@ def demo():
                  for name, drafter in (("ngram", "ngram"), ("gpt2", HERE / "demo/gpt2"), ("prophet", "ngram"))}
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(asked=requests, drafter=st.sampled_from(["ngram", "gpt2", "prophet"]), chance=st.sampled_from([0.5, 1.0]),
        eos=st.sampled_from([None, "common", "common", "late"]))
 def test_text_equals_the_lone_run_with_every_parameter(demo, asked, drafter, chance, eos):
