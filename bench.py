@@ -33,7 +33,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
@@ -1076,29 +1076,34 @@ def launch_experts(kind: str, rows: int, X: int = 8, out: int = 256, inputs: int
     linear.linear_experts_triton(torch.zeros(rows, inputs, dtype=dtype), part, order_R, starts_X)
 
 
-def show_compiled():
+def compiled_rows(capabilities: Iterable[int]) -> list[list]:
+    """A row for each kernel and GPU: the columns of the table that `show_compiled` prints."""
     rows = []
-    for D, capability in itertools.product((64, 128, 256), SHARED):
+    for D, capability in itertools.product((64, 128, 256), capabilities):
         progress(f"compiling for sm_{capability}, head size {D}")
         for c in compile_launches(lambda: launch_all(D), capability):
             rows.append([f"{c.pop('kernel')}, D = {D}", *c.values()])
     rows.sort(key=lambda row: row[0].split(",")[0])
-    for kind, T, capability in itertools.product(BYTES, (16, 512), SHARED):
+    for kind, T, capability in itertools.product(BYTES, (16, 512), capabilities):
         progress(f"compiling for sm_{capability}, {kind}, {T} rows")
         for c in compile_launches(partial(launch_products, kind, T), capability):
             if T == 16 or c["kernel"] == "product":
                 rows.append([f"{c.pop('kernel')}, {kind}, {T} rows", *c.values()])
-    for kind, T, capability in itertools.product(("bfloat16", *BYTES), (16, 512), SHARED):   # 4 rows per expert, 128
+    for kind, T, capability in itertools.product(("bfloat16", *BYTES), (16, 512), capabilities):
         progress(f"compiling for sm_{capability}, experts, {kind}, {T} rows")
-        rows += [[f"experts, {kind}, {T} rows", *list(c.values())[1:]]
+        rows += [[f"experts, {kind}, {T} rows", *list(c.values())[1:]]   # 4 rows per expert, or 128
                  for c in compile_launches(partial(launch_experts, kind, T), capability) if c["kernel"] == "experts"]
-    for way, capability in itertools.product(LATENT_LAUNCHES, SHARED):
+    for way, capability in itertools.product(LATENT_LAUNCHES, capabilities):
         progress(f"compiling for sm_{capability}, latent attention, {way}")
         rows += [[f"{c['kernel'].split()[0]}, {way}, 512 + 64", *list(c.values())[1:]]
                  for c in compile_launches(partial(launch_latents, way), capability)]
+    return rows
+
+
+def show_compiled():
     print_table("The kernels as compiled for bfloat16 (int8: with such a pool), 32:8 heads, blocks of 64; 2048 inputs",
                 ["kernel", "GPU", "tile", "warps", "stages", "regs", "spills", "KiB", "units", "per SM", "occupied"],
-                rows)
+                compiled_rows(SHARED))
     print("\ntile: query rows x keys, or rows x outputs; regs: registers per thread; spills: bytes that did not fit;\n"
           "KiB: shared memory; units: the instruction that feeds the matrix units; per SM: programs that fit\n"
           "on a multiprocessor by registers, shared memory and warps; occupied: how many of its warps they fill")

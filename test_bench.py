@@ -761,12 +761,16 @@ def test_speed_beside_another_system_is_theirs_over_ours_in_time(monkeypatch):
 
 @pytest.mark.skipif(kernels.load_triton() is None or torch.cuda.is_available(), reason="no Triton here, or a GPU")
 def test_compiled_kernels_are_those_in_the_results():
-    done = subprocess.run([sys.executable, "bench.py", "kernels"], cwd=HERE, capture_output=True, text=True)
+    """Compiled for one of the GPUs, as that takes a while; `python bench.py kernels` compiles for all."""
+    code = """
+import os; import bench, json; os.environ["TRITON_INTERPRET"] = "0"
+print(json.dumps([bench.kernels.load_triton().__version__, [list(map(str, row)) for row in bench.compiled_rows((90,))]]))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    versions, *printed = done.stdout.splitlines()
+    version, rows = json.loads(done.stdout)
     _, recorded_versions, *recorded = (HERE / "results/kernels-compiled.txt").read_text().splitlines()
-    if versions.split("Triton")[1] == recorded_versions.split("Triton")[1]:
-        assert printed == recorded
+    if version == recorded_versions.split("Triton ")[1]:
+        assert rows == [re.split(r"\s{2,}", line.strip()) for line in recorded if " sm_90 " in line]
 
 
 @pytest.mark.skipif(kernels.load_triton() is None, reason="no Triton here")
@@ -802,13 +806,13 @@ def test_the_measurements_of_a_gpu_run_to_their_end(poisoned, monkeypatch, capsy
     assert texts["rows"][1] == ["huge", "does not fit", "-", "-"]
 
     capsys.readouterr()
-    bench.check_latents(device, [(1, 70), (5, 3), (20, 0)], (torch.float16,), (2,))
+    bench.check_latents(device, [(1, 40), (20, 0)], (torch.float16,), (1,))
     assert "Latent attention equals the float64 definition" in capsys.readouterr().out
     bench.TABLES.clear()
-    bench.time_latents(device, torch.float16, [(1, 1, 100), (2, 2, 100)], 1e9, 1e12, H=2)
+    bench.time_latents(device, torch.float16, [(1, 1, 100), (2, 2, 40)], 1e9, 1e12, H=1)
     (latents,) = bench.TABLES
-    assert [row[0] for row in latents["rows"]] == ["1 x 1 of 100", "2 x 2 of 100"]
-    if DEVICE == "cpu":   # in a millisecond, 100 x 576 x 2 bytes; 2 heads x 100 keys x 2,176 and 2 x 2 x 131,072 operations
+    assert [row[0] for row in latents["rows"]] == ["1 x 1 of 100", "2 x 2 of 40"]
+    if DEVICE == "cpu":   # in a millisecond, 100 x 576 x 2 bytes
         assert latents["rows"][0][1:4] == ["1000 us", "0.00 TB/s", "12%"]
 
     capsys.readouterr()

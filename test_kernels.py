@@ -94,7 +94,7 @@ ragged = st.lists(st.tuples(st.one_of(st.just(1), st.integers(2, 16), st.integer
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(requests=ragged, heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 2), (5, 1), (14, 2), (32, 1)]),
        D=st.sampled_from([4, 8, 16, 20, 64, 80, 96, 128, 256]), S=st.sampled_from([1, 3, 8, 16, 32, 64, 256]),
        window=st.one_of(st.none(), st.integers(1, 80)), dtype=st.sampled_from([torch.float32, torch.float16]),

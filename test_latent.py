@@ -1,9 +1,7 @@
 """Whether a head's keys are absorbed or widened, it attends to the same. (Read it beside latent.py.)"""
 
 import math
-import os
-import subprocess
-import sys
+import re
 
 import numpy as np
 import pytest
@@ -96,20 +94,14 @@ def test_the_numbers_of_the_docstring_are_deepseeks():
     assert b - a == 128 * 2176 and (b - a) // (2 * c.D) == 241 and roofline.kv_bytes(c, 2) == 61 * 1152
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="these are the kernels as they are compiled without a GPU")
-@needs_triton
-def test_kernels_compile_without_spills():
-    code = """if True:
-        import os; import bench; os.environ["TRITON_INTERPRET"] = "0"
-        for capability in bench.SHARED:
-            found = [c for way in bench.LATENT_LAUNCHES for c in bench.compile_launches(lambda: bench.launch_latents(way), capability)]
-            assert {"latent", "merge", "latent int8", "latent of 5 tokens", "latent of 200 tokens"} <= {c["kernel"] for c in found}
-            for c in found:
-                assert c["spills"] == 0 and c["programs"] >= 1, c
-                assert (c["units"] == "-") == ("merge" in c["kernel"]), c"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=os.environ | {"TRITON_INTERPRET": "0"},
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_kernels_fit_the_registers():
+    """By the record of `python bench.py kernels`, which test_bench.py compares with what is compiled."""
+    rows = [re.split(r"\s{2,}", line.strip()) for line in (HERE / "results/kernels-compiled.txt").read_text().splitlines()
+            if line.startswith(("latent,", "merge,"))]
+    assert {(row[0], row[1]) for row in rows} >= {
+        (f"latent, {way}, 512 + 64", f"sm_{sm}") for way in bench.LATENT_LAUNCHES for sm in bench.SHARED}
+    for name, gpu, tile, warps, stages, registers, spills, *_, units, programs, _ in rows:
+        assert int(spills) == 0 and int(programs) >= 1 and (units == "-") == name.startswith("merge"), name
 
 
 # ---------------------------------------------------------------------------------------------
@@ -226,7 +218,8 @@ def test_explain_says_what_is_absorbed_and_what_is_widened(folders):
 # Configs, and what they cost
 
 @pytest.mark.parametrize("base, change, expected", [
-    (YOUTU, dict.fromkeys(["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]), None),
+    (YOUTU, dict.fromkeys(["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]),
+     dict(latent=Latent(512, 128, 64, 128, 20), D=576, experts=None)),
     (DEEPSEEK_V3, {}, dict(K=1, D=32, latent=Latent(24, 12, 8, 10, 20), interleaved=True, extra_layers=0)),
     (DEEPSEEK_V3, dict(rope_interleave=False, num_nextn_predict_layers=1), dict(interleaved=False, extra_layers=1)),
     (DEEPSEEK_V2, dict(rope_interleave=False, q_lora_rank=None), dict(interleaved=True, latent=Latent(24, 12, 8, 10, None))),
@@ -234,12 +227,7 @@ def test_explain_says_what_is_absorbed_and_what_is_widened(folders):
      dict(context=1600, scales=[20 ** -0.5 * (1 + 0.05 * math.log(4)) ** 2] * 3)),
 ])
 def test_what_a_config_says_of_latents(tmp_path, base, change, expected):
-    folder = write_checkpoint(tmp_path, base | change, {})
-    if expected is None:
-        with pytest.raises(ValueError, match="is missing"):
-            config.read_config(folder)
-        return
-    c = config.read_config(folder)
+    c = config.read_config(write_checkpoint(tmp_path, base | change, {}))
     assert {key: getattr(c, key) for key in expected} == expected
 
 

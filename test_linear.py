@@ -559,16 +559,15 @@ def test_8_bit_products_compile_without_spills():
     code = """
 import bench, kernels
 kernels.load_triton()
-for sm in (80, 90, 100):
-    found = []
-    for kind in bench.BYTES:   # split in four, in two, for 32 rows, for many, and sizes that are no multiples
-        for rows, out, inputs in ((1, 64, 2048), (16, 2048, 2048), (32, 256, 2048), (512, 256, 2048), (5, 33, 1001)):
-            found += bench.compile_launches(lambda: bench.launch_products(kind, rows, out, inputs), sm)
-    found += bench.compile_launches(lambda: bench.launch_products("int8", 64, 64, by_torch=True), sm)
-    assert {c["kernel"] for c in found} == {"quantize_rows", "product", "scale"}
-    for c in found:
-        assert c["spills"] == 0 and c["programs"] >= 1, c
-        assert (c["units"] == "-") == (c["kernel"] != "product"), c"""
+found = []
+for kind in bench.BYTES:   # split in four, in two, for 32 rows, for many, and sizes that are no multiples
+    for rows, out, inputs in ((1, 64, 2048), (16, 2048, 2048), (32, 256, 2048), (512, 256, 2048), (5, 33, 1001)):
+        found += bench.compile_launches(lambda: bench.launch_products(kind, rows, out, inputs), 80)
+found += bench.compile_launches(lambda: bench.launch_products("int8", 64, 64, by_torch=True), 80)
+assert {c["kernel"] for c in found} == {"quantize_rows", "product", "scale"}
+for c in found:
+    assert c["spills"] == 0 and c["programs"] >= 1, c
+    assert (c["units"] == "-") == (c["kernel"] != "product"), c"""
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=os.environ | {"TRITON_INTERPRET": "0"},
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
