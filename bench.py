@@ -633,6 +633,7 @@ def show_losses(engines: dict[str, LLM], stories: list[list[int]], demo: bool):
 
 DRAFTS = 0, 1, 2, 4, 8
 SURE = 0.8          # how often a draft is right that is made to be right so often
+TURN = 4            # steps, of each of those who take turns in the same texts
 REPEATED = 24       # tokens of its own answer, at the end of the prompt that n-grams go on from
 
 
@@ -696,42 +697,54 @@ class Run(NamedTuple):
 
 def run_drafts(llm: LLM, speculator: Speculator | None, prompts: list[list[int]], steps: int) -> Run:
     """Decode so many steps with this speculator, after WARM that do not count."""
-    chunks, tries, right, drafts = [], 0, 0, 0   # of each step: with drafts
+    return run_ways(llm, [speculator], prompts, steps)[0]
+
+
+def run_ways(llm: LLM, speculators: list[Speculator | None], prompts: list[list[int]], steps: int) -> list[Run]:
+    """The same for several, who take turns of a few steps in the same texts: these do not depend on who drafts, and
+    whoever disturbs the machine disturbs all of them alike."""
+    runs = [SimpleNamespace(chunks=[], tries=0, right=0, drafts=0, guessing=[], whole=[], tokens=0)
+            for _ in speculators]
+    run = None   # whose turn it is
 
     def watch(plan, takers, tokens, logits_BV):
-        nonlocal tries, right, drafts
         verified = [(takers.count(request) - 1, len(chunk.tokens) - 1) for request, chunk in plan if chunk.logits > 1]
-        chunks.append(len(verified))
-        right, drafts = right + sum(n for n, _ in verified), drafts + sum(m for _, m in verified)
-        tries += sum(min(n + 1, m) for n, m in verified)
+        run.chunks.append(len(verified))   # with drafts
+        run.right += sum(n for n, _ in verified)
+        run.drafts += sum(m for _, m in verified)
+        run.tries += sum(min(n + 1, m) for n, m in verified)
+        run.tokens += len(tokens)
 
-    llm.speculator, guessing = speculator, []
+    llm.speculator = speculators[0]
     for prompt in prompts:
         llm.add(prompt, SamplingParams(max_tokens=llm.config.context, ignore_eos=True))
     outs = [request.output for request in llm.requests.values()]
     while any(request.pending > 1 for request in llm.requests.values()):
         llm.step()
-    for _ in range(WARM):
-        llm.step()
-    before, whole = sum(len(out.token_ids) for out in outs), []
-    with timed_drafts(llm, guessing):
-        llm.watchers.append(watch)
-        for _ in range(steps):
-            whole.append(clock(llm.step, llm.device))
-        llm.watchers.remove(watch)
-    tokens = sum(len(out.token_ids) for out in outs) - before
+    for llm.speculator in speculators:
+        for _ in range(WARM):
+            llm.step()
+    llm.watchers.append(watch)
+    for begin in range(0, steps, TURN):
+        for llm.speculator, run in zip(speculators, runs):
+            with timed_drafts(llm, run.guessing):
+                run.whole += [clock(llm.step, llm.device) for _ in range(min(TURN, steps - begin))]
+    llm.watchers.remove(watch)
     ended = [out.error or out.finish_reason for out in outs if out.finish_reason]
     for request_id in list(llm.requests):
         llm.abort(request_id)
     if ended:
         raise ValueError(f"a request ended before its measurement did ({ended[0]}): its context is too short, or its "
                          "logits are not finite")
-    guessing = guessing or [0.0] * steps
-    inside = [a - b for a, b in zip(whole, guessing)]
-    verifying = [seconds for seconds, n in zip(inside, chunks) if n] or inside
-    here = steps * len(prompts)
-    return Run(median(verifying), sum(guessing) / steps, sum(map(bool, chunks)) / steps, sum(chunks) / here,
-               right / max(1, tries), drafts / here, tokens / here, tokens / sum(whole))
+    return [sum_up(run, len(prompts)) for run in runs]
+
+
+def sum_up(run: SimpleNamespace, B: int) -> Run:
+    steps, guessing = len(run.whole), run.guessing or [0.0] * len(run.whole)
+    inside, here = [a - b for a, b in zip(run.whole, guessing)], steps * B
+    verifying = [seconds for seconds, n in zip(inside, run.chunks) if n] or inside
+    return Run(median(verifying), sum(guessing) / steps, sum(map(bool, run.chunks)) / steps, sum(run.chunks) / here,
+               run.right / max(1, run.tries), run.drafts / here, run.tokens / here, run.tokens / sum(run.whole))
 
 
 @contextmanager
@@ -762,11 +775,11 @@ def draft_rows(name: str, B: int, columns: list[list[Run]]) -> list[list]:
     return rows
 
 
-def rule_row(name: str, turns: list[Run], plain: list[Run]) -> list:
-    """Speculation on, which decides for itself how many drafts pay, beside speculation off."""
-    return [name, median(run.drafts for run in turns), median(run.tokens for run in turns),
-            median(run.speed for run in plain), median(run.speed for run in turns),
-            ratio([run.speed for run in turns], [run.speed for run in plain])]
+def rule_row(name: str, turns: list[list[Run]]) -> list:
+    """Speculation on, which decides for itself how many drafts pay, beside speculation off. turns: off and on."""
+    off, on = zip(*turns)
+    return [name, median(run.drafts for run in on), median(run.tokens for run in on), median(run.speed for run in off),
+            median(run.speed for run in on), ratio([run.speed for run in on], [run.speed for run in off])]
 
 
 def print_drafts(what: str, rows: list[list], rules: list[list], note: str):
@@ -808,15 +821,17 @@ def show_pair(device: torch.device, dtype: str):
     prompts = [llm.tokenizer.encode(text) for text in first_sentences(16)]
     drafters = {f"demo/{folder.name}": llm.speculator.drafter, "n-grams": NgramDrafter()}
     rows, rules = {name: [] for name in drafters}, {name: [] for name in drafters}
-    for B, steps in ((1, 80), (4, 50), (16, 40)):
+    for B, steps in ((1, 60), (4, 40), (16, 24)):
         progress(f"demo/llama, batch {B}")
-        ways = [way for drafter in drafters.values()
-                for way in (*(forced(drafter, n) for n in DRAFTS), Speculator(drafter, 4))]
-        columns = iter(in_turns([partial(run_drafts, llm, way, prompts[:B], steps) for way in ways], 3))
+        measures = []
+        for drafter in drafters.values():
+            measures += [partial(run_drafts, llm, forced(drafter, n), prompts[:B], steps) for n in DRAFTS]
+            measures.append(partial(run_ways, llm, [None, Speculator(drafter, 4)], prompts[:B], steps))
+        columns = iter(in_turns(measures, 3))
         for name in drafters:
             *runs, ruled = itertools.islice(columns, len(DRAFTS) + 1)
             rows[name] += draft_rows(name, B, runs)
-            rules[name].append(rule_row(f"batch {B}, {name}", ruled, runs[0]))
+            rules[name].append(rule_row(f"batch {B}, {name}", ruled))
     print_drafts(f"demo/llama in {llm.dtype}", sum(rows.values(), []), sum(rules.values(), []),
                  "Stories, greedy.")
 
@@ -828,21 +843,23 @@ def show_oracle(llm: LLM, what: str) -> tuple:
     answer that repeats its prompt; "-" for what the turns do not agree on."""
     rows, rules, found, n = [], [], (), 8
     slow = llm.device.type == "cpu" and layer_weights(llm.config) > 5e8   # a second per step at batch 16
-    for B, steps in ((1, 16),) if slow else ((1, 16), (4, 10), (16, 6)):
+    for B, steps in ((1, 16),) if slow else ((1, 16), (4, 8), (16, 4)):
         progress(f"{what}, batch {B}")
         prompts = [random_prompt(llm.config, n) for _ in range(B)]
         llm.speculator = forced(NgramDrafter(), max(DRAFTS))   # the same text sooner
-        outs = llm.generate(prompts, SamplingParams(max_tokens=6 * (WARM + steps), ignore_eos=True))
+        outs = llm.generate(prompts, SamplingParams(max_tokens=6 * (2 * WARM + 2 * steps), ignore_eos=True))
         texts = [prompt + out.token_ids for prompt, out in zip(prompts, outs)]
         easy, wrong = (Oracle(texts, n, right, llm.config.V) for right in (SURE, 0.0))
-        ways = [(forced(easy, count), prompts) for count in DRAFTS]
-        ways += [(Speculator(drafter, 4), prompts) for drafter in (easy, wrong)]
-        ways.append((Speculator(NgramDrafter(), 4), [text[:n + REPEATED] for text in texts]))
-        columns = in_turns([partial(run_drafts, llm, *way, steps) for way in ways], 3)
+        measures = [partial(run_drafts, llm, forced(easy, count), prompts, steps) for count in DRAFTS]
+        for drafter in (easy, wrong):
+            measures.append(partial(run_ways, llm, [None, Speculator(drafter, 4)], prompts, steps))
+        repeating = [text[:n + REPEATED] for text in texts]
+        measures.append(partial(run_ways, llm, [None, Speculator(NgramDrafter(), 4)], repeating, steps))
+        columns = in_turns(measures, 3)
         runs, ruled = columns[:len(DRAFTS)], columns[len(DRAFTS):]
         rows += draft_rows("drafts", B, runs)
         names = f"right with {SURE}", "always wrong", "n-grams, repeating"
-        rules += [rule_row(f"batch {B}, {name}", turns, runs[0]) for name, turns in zip(names, ruled)]
+        rules += [rule_row(f"batch {B}, {name}", turns) for name, turns in zip(names, ruled)]
         if B == 1:
             row = rows[DRAFTS.index(4)]
             found = row[4], row[-1], rules[-1][-1]

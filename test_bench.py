@@ -543,6 +543,20 @@ def config_of_tiny(context=512):
         return config_of("tiny")
 
 
+def test_speculation_off_and_on_take_turns_in_the_same_texts(hands):
+    """A step takes 10 seconds and one for each token that it runs; so much more takes every step of a busy minute."""
+    llm = LLM(config_of_tiny(), "cpu", "float32", prefix_cache=False, max_seqs=4, speculative_model="ngram")
+    prompts = [[i, 5, 7, 2] for i in range(2)]
+    llm.speculator = None
+    texts = [prompt + llm.generate([prompt], SamplingParams(max_tokens=160, ignore_eos=True))[0].token_ids for prompt in prompts]
+    order = []
+    llm.runner.forward = taking(llm.runner.forward, hands, lambda batch: order.append(len(batch.tokens_T)) or 10 + len(batch.tokens_T))
+    off, on = bench.run_ways(llm, [None, bench.forced(bench.Oracle(texts, 4, 1.0, 99), 3)], prompts, 6)
+    assert order[1:] == [2] * 4 + [8] * 4 + [2] * 4 + [8] * 4 + [2] * 2 + [8] * 2, "a prompt, the warm ones, and turns of 4 and 2"
+    assert (off.tokens, off.seconds, off.drafts) == (1, 12, 0) and (on.tokens, on.seconds, on.drafts) == (4, 18, 3)
+    assert off.speed == pytest.approx(2 / 12) and on.speed == pytest.approx(8 / 18)
+
+
 def test_speculate_puts_each_number_into_its_column(monkeypatch, capsys):
     seen = []
 
@@ -554,7 +568,10 @@ def test_speculate_puts_each_number_into_its_column(monkeypatch, capsys):
         seconds = 0.01 * (1 + n * (0.02 if llm.model.weights["down"][0].scale is not None else 0.01))
         tokens = (6 if kind == "NgramDrafter" else 0.5 if getattr(speculator.drafter, "right", 1) == 0 else 5) if free else 1 + n / 2
         return bench.Run(seconds, 0.001 * bool(n), float(n > 0), float(n > 0), 0.5 * (n > 0), float(n), tokens, B * tokens / (seconds + 0.001 * bool(n)))
-    for name, value in (("TABLES", []), ("run_drafts", run_drafts)):
+
+    def run_ways(llm, speculators, prompts, steps):
+        return [run_drafts(llm, speculator, prompts, steps) for speculator in speculators]
+    for name, value in (("TABLES", []), ("run_drafts", run_drafts), ("run_ways", run_ways)):
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setitem(bench.SHAPES, "tiny", TINY | dict(max_position_embeddings=512))
     assert bench.main(["speculate", "--random", "tiny", "--device", "cpu"]) == 0
