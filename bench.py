@@ -716,8 +716,9 @@ def run_ways(llm: LLM, speculators: list[Speculator | None], prompts: list[list[
         run.tokens += len(tokens)
 
     llm.speculator = speculators[0]
+    enough = (1 + max(DRAFTS)) * (1 + WARM + steps) * len(speculators)   # of more the pool may not expect to hold all
     for prompt in prompts:
-        llm.add(prompt, SamplingParams(max_tokens=llm.config.context, ignore_eos=True))
+        llm.add(prompt, SamplingParams(max_tokens=enough, ignore_eos=True))
     outs = [request.output for request in llm.requests.values()]
     while any(request.pending > 1 for request in llm.requests.values()):
         llm.step()
