@@ -84,7 +84,7 @@ DEEPSEEK_V2, DEEPSEEK_V3 = (LATENT | moe | dict(architectures=[f"Deepseek{versio
 LATENTS = {
     "youtu": YOUTU | dict(tie_word_embeddings=True, num_nextn_predict_layers=1),
     "youtu, pairs apart, no latent queries": YOUTU | dict(rope_interleave=False, q_lora_rank=None),
-    "deepseek v2": DEEPSEEK_V2 | dict(q_lora_rank=None, num_attention_heads=4),
+    "deepseek v2": DEEPSEEK_V2 | dict(q_lora_rank=None, num_attention_heads=4, rms_norm_eps=0.01),
     "deepseek v2, yarn": DEEPSEEK_V2 | dict(rope_scaling=YARN | dict(mscale=0.7, mscale_all_dim=0.9), topk_method="greedy"),
     "deepseek v3, biases, yarn": DEEPSEEK_V3 | dict(attention_bias=True, rope_scaling=YARN | dict(mscale=1.0, mscale_all_dim=1.0)),
     "deepseek v3, pairs apart, large values": DEEPSEEK_V3 | dict(rope_interleave=False, v_head_dim=25, kv_lora_rank=8),
