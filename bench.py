@@ -1148,53 +1148,60 @@ CACHE = 2e8   # bytes, more than the L2 cache of any GPU: so much is read before
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}   # of results around 1
 
 
+def largest_error(found: Iterable[tuple[str, float]], allowed: str) -> float:
+    """The largest of what was found: names, and errors in parts of what is allowed. Exits at the first above 1."""
+    worst = 0.0
+    for name, error in found:
+        if not error < 1:
+            sys.exit(f"bench.py: {name}: the largest error is {error:.1f} times {allowed}")
+        worst = max(worst, error)
+    progress("")
+    return worst
+
+
 def check_kernels(device: torch.device, lens: list[tuple[int, int]], dtypes=tuple(TOLERANCE)):
     """Every kernel against the float64 definition, on fresh random data. Exits at the first that differs."""
     shapes = [(D, 32, 8, 64, None) for D in (64, 80, 128, 256)] + [(128, 32, 8, 16, None), (128, 32, 8, 64, 100)]
     shapes += [(128, H, K, 64, None) for H, K in ((8, 8), (14, 2), (71, 1))]
-    worst = 0.0
-    for dtype, (D, H, K, S, window), int8 in itertools.product(dtypes, shapes, (False, True)):
-        progress(f"checking {dtype}, head size {D}")
-        try:
-            kernels.check("triton", device, dtype, H, K, D)
-        except ValueError:
-            continue
-        inputs = paged_inputs(lens, H, K, D, S, dtype, device, window, int8)
-        exact = kernels.attention_naive(*[x.double() if torch.is_tensor(x) else x for x in inputs])
-        error = (kernels.attention_triton(*inputs) - exact).abs().max().item() / TOLERANCE[dtype]
-        if not error < 1:
-            sys.exit(f"bench.py: {dtype}, D={D}, {H}:{K} heads, blocks of {S}, window {window}{', int8' * int8}: the "
-                     f"largest error is {error:.1f} times what the dtype allows")
-        worst = max(worst, error)
-    progress("")
+
+    def errors():
+        for dtype, (D, H, K, S, window), int8 in itertools.product(dtypes, shapes, (False, True)):
+            progress(f"checking {dtype}, head size {D}")
+            try:
+                kernels.check("triton", device, dtype, H, K, D)
+            except ValueError:
+                continue
+            inputs = paged_inputs(lens, H, K, D, S, dtype, device, window, int8)
+            exact = kernels.attention_naive(*[x.double() if torch.is_tensor(x) else x for x in inputs])
+            error = (kernels.attention_triton(*inputs) - exact).abs().max().item() / TOLERANCE[dtype]
+            yield f"{dtype}, D={D}, {H}:{K} heads, blocks of {S}, window {window}{', int8' * int8}", error
+    worst = largest_error(errors(), "what the dtype allows")
     print(f"All kernels equal the float64 definition; the largest error is {worst:.0%} of what the dtype allows.")
 
 
 def check_latents(device: torch.device, lens: list[tuple[int, int]], dtypes=tuple(TOLERANCE), heads=(16, 128)):
     """Latent attention against the float64 definition. Exits at the first that differs."""
-    worst = 0.0
-    for dtype, H, int8 in itertools.product(dtypes, heads, (False, True)):
-        progress(f"checking latents, {dtype}, {H} heads")
-        inputs = latent_inputs(lens, H, dtype, device, int8)
-        q, part, k, batch, scale, m, _, *scales = inputs
-        exact = latent.attend_to_latents(q.double(), linear.Part(part.weight.double()), k.double(), batch, scale, m,
-                                         "naive", *scales)
-        error = (latent.attend_to_latents(*inputs) - exact).abs().max().item() / TOLERANCE[dtype]
-        if not error < 1:
-            sys.exit(f"bench.py: latents, {dtype}, {H} heads{', int8' * int8}: the largest error is {error:.1f} times "
-                     "what the dtype allows")
-        worst = max(worst, error)
-    progress("")
+    def errors():
+        for dtype, H, int8 in itertools.product(dtypes, heads, (False, True)):
+            progress(f"checking latents, {dtype}, {H} heads")
+            inputs = latent_inputs(lens, H, dtype, device, int8)
+            q, part, k, batch, scale, m, _, *scales = inputs
+            exact = latent.attend_to_latents(q.double(), linear.Part(part.weight.double()), k.double(), batch, scale,
+                                             m, "naive", *scales)
+            error = (latent.attend_to_latents(*inputs) - exact).abs().max().item() / TOLERANCE[dtype]
+            yield f"latents, {dtype}, {H} heads{', int8' * int8}", error
+    worst = largest_error(errors(), "what the dtype allows")
     print(f"Latent attention equals the float64 definition; the largest error is {worst:.0%} of what the dtype allows.")
 
 
 def time_latents(device: torch.device, dtype: torch.dtype, loads: list[tuple[int, int, int]], bandwidth: float,
                  peak: float, H: int = 128):
     """loads: (requests, tokens of each, context of each)."""
-    rows, m = [], config_of("deepseek-v3").latent
+    rows, c = [], config_of("deepseek-v3")
+    m = c.latent
     for B, n, T in loads:
         progress(f"latents {B} x {n} of {T}")
-        moved, c = B * T * (m.rank + m.rotary) * dtype.itemsize, config_of("deepseek-v3")
+        moved = B * T * c.D * dtype.itemsize
         each = attention_flops(c, n, T - n) / c.H + 2 * n * m.rank * (m.plain + m.value)   # of a head
         operations = B * H * each
         sets = cold(partial(latent_inputs, [(n, T - n)] * B, H, dtype, device), moved)
@@ -1251,20 +1258,17 @@ def time_decode(device: torch.device, dtype: torch.dtype, loads: list[tuple[int,
 
 def check_products(device: torch.device, shapes: list[tuple[int, int, int]]):
     """8-bit products of (rows, outputs, inputs) against float64, on fresh data. Exits at the first that differs."""
-    worst = 0.0
-    for (T, out, inputs), kind in itertools.product(shapes, BYTES):
-        progress(f"checking {kind}, {T} x {inputs} x {out}")
-        part, x = random_part(out, inputs, kind, device), torch.randn(T, inputs, device=device)
-        q, scale = linear.quantize_rows_triton(x, part.weight.dtype, part.scale.shape[1])
-        group_of = torch.arange(inputs, device=device) // 128 % scale.shape[1]   # of each column; 0 where there is one
-        x_TE, w_FE = q.double() * scale[:, group_of], part.weight.double() * part.scale[:, group_of]
-        room = 1e-5 * (x_TE.abs() @ w_FE.abs().T)
-        error = ((linear.linear_triton(x, part) - x_TE @ w_FE.T).abs() / room).max().item()
-        if not error < 1:
-            sys.exit(f"bench.py: {kind}, {T} x {inputs} x {out}: the largest error is {error:.1f} times what rounding "
-                     "explains")
-        worst = max(worst, error)
-    progress("")
+    def errors():
+        for (T, out, inputs), kind in itertools.product(shapes, BYTES):
+            progress(f"checking {kind}, {T} x {inputs} x {out}")
+            part, x = random_part(out, inputs, kind, device), torch.randn(T, inputs, device=device)
+            q, scale = linear.quantize_rows_triton(x, part.weight.dtype, part.scale.shape[1])
+            group_of = torch.arange(inputs, device=device) // 128 % scale.shape[1]   # of each column; 0 if there is one
+            x_TE, w_FE = q.double() * scale[:, group_of], part.weight.double() * part.scale[:, group_of]
+            room = 1e-5 * (x_TE.abs() @ w_FE.abs().T)
+            yield (f"{kind}, {T} x {inputs} x {out}",
+                   ((linear.linear_triton(x, part) - x_TE @ w_FE.T).abs() / room).max().item())
+    worst = largest_error(errors(), "what rounding explains")
     print(f"All 8-bit products equal those of float64; the largest error is {worst:.0%} of what rounding explains.")
 
 

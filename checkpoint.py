@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from config import Config, Fields
-from linear import GROUP, Columns, Part, Vocabulary, has_kernels, pack, pack_experts, quantize, widen
+from linear import GROUP, Columns, Part, Vocabulary, has_kernels, pack, pack_experts, quantize, share_of, widen
 
 
 # ---------------------------------------------------------------------------------------------
@@ -235,7 +235,8 @@ def plan_cuts(c: Config, rank: int, size: int) -> dict[str, Cut]:
     """What one of several ranks has of each stored tensor (parallel.py says why): the axis along which it is cut, and
     the slices. What is not named here every rank has whole."""
     def piece(count: int, rows: int = 1) -> slice:
-        return slice(count * rank // size * rows, count * (rank + 1) // size * rows)
+        mine = share_of(count, rank, size)
+        return slice(mine.start * rows, mine.stop * rows)
 
     first = c.K * rank // size   # of the KV heads
     q, kv = piece(c.H, c.D), slice(first * c.D, (first + max(1, c.K // size)) * c.D)
@@ -347,8 +348,8 @@ def make_parts(c: Config, device: torch.device, dtype: torch.dtype, quantization
         if part and name in MULTIPLIED:
             part = quantize(part, quantization)
             if experts:
-                first, last = Columns(ranks).piece(c.experts.X) if ranks else (0, c.experts.X)
-                part = pack_experts(part, last - first, dtype)
+                mine = Columns(ranks).piece(c.experts.X) if ranks else slice(0, c.experts.X)
+                part = pack_experts(part, mine.stop - mine.start, dtype)
             else:
                 part = pack(part, dtype)
         parts.setdefault(name, []).append(part)

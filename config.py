@@ -60,7 +60,7 @@ class Experts:
 @dataclass
 class Config:
     """What a model needs to know about itself, whatever the family. Letters as in the shape suffixes."""
-    family: str                    # "gpt2" or "llama"
+    family: str                    # "gpt2", "llama" or "deepseek"
     L: int                         # layers
     E: int                         # hidden size
     H: int                         # query heads

@@ -37,8 +37,8 @@ def mixture(x_TE: Tensor, w: dict[str, list], l: int, e: Experts, activation: Ca
     logits_TX = F.linear(x_TE.to(router.weight.dtype), router.weight).float()
     weight_TC, expert_TC = choose(logits_TX, router.bias, e)
     order_R, starts_X = sort_visits(expert_TC, e.X)
-    first, last = router.slice.piece(e.X) if router.slice else (0, e.X)
-    starts_X = starts_X[first:last + 1]
+    mine = router.slice.piece(e.X) if router.slice else slice(0, e.X)
+    starts_X = starts_X[mine.start:mine.stop + 1]
     gate, value = linear_experts(x_TE, w["up"][l], order_R, starts_X).chunk(2, -1)
     y_RE = linear_experts(activation(gate).mul_(value), w["down"][l], order_R, starts_X)
     y_TCE = y_RE.view(*expert_TC.shape, -1) * weight_TC[:, :, None]

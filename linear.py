@@ -94,15 +94,19 @@ def pack(part: Part, dtype: torch.dtype) -> Part:
 # ---------------------------------------------------------------------------------------------
 # A slice of a part (parallel.py). `ranks` has `rank` and `size`, and sums, compares and gathers the tensors of all
 
+def share_of(count: int, rank: int, size: int) -> slice:
+    """Which of so many things are this rank's."""
+    return slice(count * rank // size, count * (rank + 1) // size)
+
+
 class Columns:
     """Of a weight that each rank has some columns of: the product is the sum of the ranks' products."""
 
     def __init__(self, ranks):
         self.ranks, self.join, self.largest = ranks, ranks.sum, ranks.largest
 
-    def piece(self, count: int) -> tuple[int, int]:
-        """Which of so many things are this rank's: from the first, up to the last and without it."""
-        return count * self.ranks.rank // self.ranks.size, count * (self.ranks.rank + 1) // self.ranks.size
+    def piece(self, count: int) -> slice:
+        return share_of(count, self.ranks.rank, self.ranks.size)
 
 
 class Vocabulary:
