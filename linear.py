@@ -201,28 +201,28 @@ def widen(part: Part, dtype: torch.dtype) -> Part:
 
 
 def quantize_rows(x_TE: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-    """Bytes [T, E] of the part's type and a scale per token, float32 [T, 1]. A row of zeros has the scale 0 and a row
-    with a NaN the scale NaN, which is what all their products become. Of a row whose columns are on several ranks the
-    largest number of all decides."""
+    """Numbers that the part's type holds (FP8 once they are rounded to it), float32 [T, E], and a scale per token,
+    float32 [T, 1]. A row of zeros has the scale 0 and a row with a NaN the scale NaN, which is what all their products
+    become. Of a row whose columns are on several ranks the largest number of all decides."""
     scale_T1 = x_TE.abs().amax(-1, keepdim=True).float()
     if part.slice is not None:
         part.slice.largest(scale_T1)
     if part.weight.dtype == torch.float8_e4m3fn:
         scale_T1.div_(448)
-        return (x_TE / scale_T1.clamp_min(torch.finfo(torch.float32).tiny)).to(torch.float8_e4m3fn), scale_T1
+        return x_TE / scale_T1.clamp_min(torch.finfo(torch.float32).tiny), scale_T1
     scale_T1.div_(127)
-    return (x_TE / scale_T1).round_().to(torch.int8), scale_T1
+    return (x_TE / scale_T1).round_(), scale_T1
 
 
 def linear_int8(x_TE: Tensor, part: Part) -> Tensor:
     """`linear` for a weight of int8: whole numbers, exactly, then the scales."""
-    rows_TE, scale_T1 = quantize_rows(x_TE, part)
+    whole_TE, scale_T1 = quantize_rows(x_TE, part)
     if part.weight.is_mkldnn:   # it wants rows from 1 to 255, and takes out of the sums what that adds
-        rows_TE = rows_TE.view(torch.uint8).bitwise_xor_(128)
+        rows_TE = whole_TE.add_(128).to(torch.uint8)
         y_TF = torch.ops.onednn.qlinear_pointwise.default(
             rows_TE, 1.0, 128, part.weight, part.scale, None, None, 1.0, 0, torch.float32, "none", [], "")
     else:
-        y_TF = multiply_exactly(rows_TE, part.weight) * part.scale.T
+        y_TF = multiply_exactly(whole_TE.to(torch.int8), part.weight) * part.scale.T
     y_TF *= scale_T1
     if part.bias is not None:
         y_TF += part.bias
@@ -302,6 +302,7 @@ def linear_triton(x_TE: Tensor, part: Part) -> Tensor:
     (T, E), (out, G), fp8 = x_TE.shape, part.scale.shape, part.weight.dtype != torch.int8
     if part.slice is not None and G == 1:   # what decides is between two steps: the ranks' largest number
         q_TE, scale_TG = quantize_rows(x_TE, part)
+        q_TE = q_TE.to(part.weight.dtype)
     else:
         q_TE, scale_TG = quantize_rows_triton(x_TE, part.weight.dtype, G)
     y_TF = torch.empty(T, out, dtype=x_TE.dtype, device=x_TE.device)

@@ -42,7 +42,7 @@ GELU_TANH = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": F.gelu, "relu": F.relu,
                "silu": F.silu, "swish": F.silu}
 LATENT_EPS = 1e-6           # of the norms of latents, whatever the config says of the others
-SINGLE_THREAD = 2_000_000   # products of the MLP's matrix in a step: with fewer, a second thread mostly waits
+SINGLE_THREAD = 400_000     # products of the MLP's matrix in a step: with fewer, a second thread mostly waits
 
 
 class Model:
