@@ -11,6 +11,7 @@ requests stand in one row, and a few index tensors say whose they are. "The cat 
     slots_T            8            0    1    2       where its K and V go: block * S + offset
     query_starts       0            1              4  request b owns rows query_starts[b] to query_starts[b + 1]
     kv_lens            3            3                 keys that the request's last row sees
+    table_rows         1            0                 which of the block tables on the device is theirs
     logit_rows         0                      3       the rows whose logits choose a token
 
 All of it is one int64 tensor, so a step reaches the device in one transfer. (The block tables are there
@@ -83,8 +84,8 @@ class Batch:
 
 def make_batch(chunks: list[Chunk], block_size: int, device: torch.device | str = "cpu",
                block_tables_UM: Tensor | None = None) -> Batch:
-    """Flatten chunks into the index tensors of one step. Chunks stand in order of length, for the sake of speed: single
-    tokens, which come first, are quick to flatten, and chunks that share a call have their rows side by side.
+    """Flatten chunks into the index tensors of one step. Any order of chunks is right. Single tokens come first for the
+    sake of speed: they are quick to flatten.
 
     block_tables_UM: the tables as the device holds them (chunk.row says where); None: they are made from chunk.blocks.
     """
@@ -128,7 +129,7 @@ class Graphs:
     three are idle. What comes out for these is thrown away. A graph wants tensors of the same size in every step, so it
     has as many requests as tokens. It is known by this number and by its longest chunk, rounded up to a power of two:
     the kernels' shapes depend on both. Verifications of 5 and 2 tokens are replayed by the graph of 8 tokens in chunks
-    of up to 8. An idle request makes them 8 tokens, and five empty ones make them 8 requests: 5, 2, 1, 0, 0, 0, 0, 0.
+    of up to 8. An idle request makes them 8 tokens, and five empty ones make them 8 requests: 2, 5, 1, 0, 0, 0, 0, 0.
     """
 
     def __init__(self, forward: Callable[[Batch], Tensor], block_size: int, block_tables_UM: Tensor):
@@ -150,7 +151,7 @@ class Graphs:
 
     @torch.inference_mode()
     def replay(self, batch: Batch) -> Tensor:
-        """float32 [tokens, V]: logits of a step that `batch` has made, of whose chunks those of nobody come last. The
+        """float32 [tokens, V]: logits of a step that `batch` has made, with the chunks of nobody at its end. The
         next replay writes over them."""
         size, longest = len(batch.chunks), max(len(chunk.tokens) for chunk in batch.chunks)
         longest = 1 << (longest - 1).bit_length()

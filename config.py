@@ -24,7 +24,7 @@ MODEL_TYPES = {"gpt2": ("GPT2LMHeadModel", "GPT2Model"), "llama": ("LlamaForCaus
                "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Model"),
                "kimi_k2": ("DeepseekV3ForCausalLM",), "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", "Glm4MoeLiteModel"),
                "youtu": ("YoutuForCausalLM", "YoutuModel")}
-LATENT = "deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite", "youtu"   # the last four differ in sizes alone
+LATENT = "deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite", "youtu"   # all but V2 are computed alike
 ACTIVATIONS = "gelu_new", "gelu_pytorch_tanh", "gelu", "relu", "silu", "swish"   # model.py has the functions
 
 
@@ -119,12 +119,14 @@ class Fields:
         self.path, self.values = path, read_json(path) if values is None else values
 
     def get(self, key: str, default):
-        """The entry, of the default's type, or the default where it is absent or null. Numbers are sizes: above 0."""
+        """The entry, of the default's type, or the default where it is absent or null. Numbers are sizes: above 0, or
+        what the default is."""
         value, kind = self.values.get(key), type(default)
         if value is None:
             return default
         if kind in (int, float):   # 1 is a float, too, but true is no number
-            fits = type(value) in (int, kind) and 0 < value < (2 ** 31 if kind is int else math.inf)
+            most = 2 ** 31 if kind is int else math.inf
+            fits = type(value) in (int, kind) and (0 < value < most or value == default)
         else:
             fits = isinstance(value, kind)
         if not fits:
@@ -134,7 +136,7 @@ class Fields:
     def need(self, key: str, kind: type = int):
         if self.values.get(key) is None:
             raise ValueError(f"{self.path}: {key!r} is missing: fetch the file again")
-        return self.get(key, kind())
+        return self.get(key, kind(1))
 
 
 def read_config(folder: Path) -> Config:

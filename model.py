@@ -1,7 +1,7 @@
 """The forward pass: GPT-2 and Llama side by side. (Read kernels.py first; next comes nanoserve.py.)
 
-`Model` runs GPT-2 (Radford et al. 2019) or Llama (Touvron et al. 2023) over a ragged batch. The families are
-the same machine with different parts:
+`Model` runs GPT-2 (Radford et al. 2019), Llama (Touvron et al. 2023) or one of Llama's relatives over a ragged
+batch. The families are the same machine with different parts:
 
                   GPT-2                          Llama, Mistral, Mixtral, Qwen2, Qwen3, DeepSeek
     position      learned, added to the input    rotary, applied to q and k in every layer (RoPE)
@@ -17,7 +17,7 @@ the same machine with different parts:
                    norm -> gate and up [3, 2 x 512] -> silu(gate) * up -> down [3, 192]
 
 Only the last token's row reaches the head: it alone has the whole prompt behind it and a successor to find.
-The weights come from checkpoint.py, stacked so that one product computes q, k and v, and one gate and up.
+The weights come from checkpoint.py, stacked so that one product computes q, k and v, and another gate and up.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ GELU_TANH = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": F.gelu, "relu": F.relu,
                "silu": F.silu, "swish": F.silu}
 LATENT_EPS = 1e-6           # of the norms of latents, whatever the config says of the others
-SINGLE_THREAD = 400_000     # products of the MLP's matrix in a step: with fewer, a second thread mostly waits
+SINGLE_THREAD = 800_000     # products of the MLP's matrix in a step: with fewer, a second thread mostly waits
 
 
 class Model:
-    """GPT-2 or Llama over a ragged batch. `weights` as `load_weights` or `random_weights` gives them."""
+    """A model of any family over a ragged batch. `weights` as `load_weights` or `random_weights` gives them."""
 
     def __init__(self, config: Config, weights: dict[str, list], attention: str):
         self.config, self.weights = config, weights
@@ -60,10 +60,10 @@ class Model:
             self.frequencies = rope_frequencies(config.rope, size).to(self.device)
 
     @torch.inference_mode()
-    def __call__(self, batch: Batch, pool) -> Tensor:
-        """Run the batch's T tokens, leave their K and V in the pool; logits float32 [len(batch.logit_rows), V]."""
+    def __call__(self, batch: Batch, memory: KVMemory) -> Tensor:
+        """Run the batch's T tokens, leave their K and V in memory; logits float32 [len(batch.logit_rows), V]."""
         c, w, gated = self.config, self.weights, self.config.family != "gpt2"
-        layers = list(zip(*(memory.unbind() for memory in pool.memory)))   # K, V, and in INT8 the scales of both
+        layers = list(zip(*(tensor.unbind() for tensor in memory.memory)))   # K, V, and in INT8 the scales of both
         x_TE, turns_T1P = rows(batch.tokens_T, w["embedding"][0]), None
         if c.rope:
             angles_T1P = batch.positions_T[:, None, None] * self.frequencies    # P = D / 2 pairs

@@ -54,17 +54,17 @@ class Output:
     """What has become of a request so far. It goes on growing until finish_reason is set."""
     id: int
     prompt_tokens: int = 0
-    text: str = ""                     # so far, without half characters, stop string and end-of-text token
-    token_ids: list[int] = field(default_factory=list)   # all new tokens, the end-of-text token included
+    text: str = ""                     # so far, without stop string, end-of-text token and what is no character yet
+    token_ids: list[int] = field(default_factory=list)   # all new tokens, those that are not in the text included
     finish_reason: str | None = None   # "stop" | "length"; "error" if it was refused or failed; "abort"
     error: str | None = None           # then: why
     ttft: float = 0.0                  # time to first token, seconds from `add`
     tps: float = 0.0                   # tokens per second after the first, once it has finished
     blocks: int = 0                    # KV blocks held at the end
-    reused_tokens: int = 0             # prompt tokens whose K and V were found in the prefix cache
+    reused_tokens: int = 0             # prompt tokens whose K and V were found: in the prefix cache, or by a sibling
     computed_tokens: int = 0           # tokens that the model ran, after a preemption some of them again
-    drafted_tokens: int = 0            # of these, guesses; and new tokens that came without a step of their own,
-    accepted_tokens: int = 0           # because a guess was right
+    drafted_tokens: int = 0            # of these, drafts
+    accepted_tokens: int = 0           # new tokens that came without a step of their own, as a draft was right
     logprobs: list[dict[int, float]] | None = None   # per new token, if asked for: its own, then those of the k best
     samples: list[Output] = field(default_factory=list)   # all n continuations, this one first
 
@@ -72,15 +72,16 @@ class Output:
 @dataclass(eq=False)
 class Request:
     """A prompt on its way to becoming a text: its tokens, and how many of them have K and V in the pool."""
-    tokens: list[int]              # the prompt, then every new token
+    tokens: list[int]              # the prompt, then every new token; the last one is not run yet
     params: SamplingParams
-    max_length: int                # it ends with so many tokens in all, more than its prompt; the last is never run
+    max_length: int                # it ends with so many tokens in all, more than its prompt
     output: Output
     key: int                       # of the noise that chooses its tokens, with their positions (sampling.py)
     detokenize: Callable[[int, bool], str]   # a token, and whether it is the last -> the characters that it completes
     arrived: float
-    # The n continuations of a prompt are n requests. The first of them runs the prompt and then holds all n here: the
-    # logits after the prompt choose a token for each. From then on each runs on its own and holds itself alone.
+    # The n continuations of a prompt are n requests: with n = 3 the first holds [r0, r1, r2] here, and runs the prompt
+    # while r1 and r2 are in no queue. The logits after the prompt choose a token for each. Then each runs on its own
+    # and holds itself alone: [r0], [r1], [r2].
     siblings: list[Request] = field(default_factory=list)
     table: BlockTable = field(default_factory=BlockTable)
     computed: int = 0
@@ -163,7 +164,7 @@ class Scheduler:
         """Who runs in this step, and which of their tokens; single tokens first."""
         pool, S, decodes, prompts = self.pool, self.pool.block_size, [], []
         # 1. The next token of everyone who is decoding, the oldest first.
-        for request in self.running:   # which a preemption may cut short, from its end
+        for request in self.running:   # a preemption takes the youngest from its end: nobody who has a chunk already
             length, table = len(request.tokens), request.table
             if length - request.computed == 1 and self._has_slot(request):
                 decodes.append((request, Chunk([request.tokens[-1]], length - 1, table.blocks, 1, table.row)))
@@ -195,7 +196,7 @@ class Scheduler:
 
     def make_room(self, request: Request, drafts: int) -> int:
         """Slots for so many drafts behind the request's last token, or for as many as the pool has: nobody is preempted
-        for a guess."""
+        for a guess. The blocks stay the request's, which will write real tokens there."""
         while not self.pool.grow(request.table, len(request.tokens) + drafts):
             drafts -= 1
         return drafts
@@ -414,8 +415,8 @@ class LLM:
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise ValueError(f"{self.folder} has no tokenizer (tokenizer.json, vocab.json with merges.txt, or "
-                                 "tokenizer.model): add one, or give token ids")
+                raise ValueError(f"{self.folder or 'a Config'} has no tokenizer (tokenizer.json, vocab.json with "
+                                 "merges.txt, or tokenizer.model): add one, or give token ids")
             try:
                 prompt.encode()
             except UnicodeEncodeError:
@@ -458,9 +459,10 @@ class LLM:
     def _run(self, plan: list[tuple[Request, Chunk]]):
         """Logits for the plan, tokens from the logits, and then, when nothing can fail any more, the books.
 
-        A prompt with n = 3 is the last piece of its prompt in this step, another request decodes with two drafts, and a
-        third is in the middle of its prompt: then there are 1 + 3 rows of logits, and 3 + 3 takers. Of the last three
-        the first counts, and those behind drafts that are right.
+        Request a, with n = 3, is at the end of its prompt, and b decodes with two drafts:
+            rows      (a, 0)                        (b, 0)  (b, 1)  (b, 2)
+            takers    (a, 0)  (a', 0)  (a'', 0)     (b, 0)  (b, 1)  (b, 2)
+            kept         0       1        2            3       4            if b's first draft is right, its second not
         """
         try:
             if self.speculator:
@@ -517,7 +519,7 @@ class LLM:
             self.grown[out] = None
 
     def _logits(self, chunks: list[Chunk]) -> Tensor:
-        """float32 [rows that want logits, V], in the order of the chunks."""
+        """float32 [rows that want logits, V], in the order of the chunks. (Tests put a failing one in its place.)"""
         return self.runner(chunks)
 
     @uninterrupted
@@ -535,6 +537,8 @@ class LLM:
                 self._drop(self.requests[out.id])
 
     def _drop(self, request: Request):
+        """Forget a request that has ended. If it was aborted or has failed, it may still hold text back."""
+        request.output.text += request.unshown
         self.scheduler.remove(request)
         del self.requests[request.output.id]
 
@@ -599,7 +603,7 @@ class LLM:
         and later if it fails."""
         if params.n > 1 or not self.tokenizer:
             raise ValueError(f"n is {params.n}: a stream is one text, so use generate, or n=1" if params.n > 1 else
-                             f"{self.folder} has no tokenizer, and a stream is text: use generate")
+                             f"{self.folder or 'a Config'} has no tokenizer, and a stream is text: use generate")
         first = self.next_id
         try:
             (out,) = self.start([prompt], params)

@@ -279,7 +279,7 @@ class Row:
         if self.k and count >= self.k:
             return False
         least, most = self.bounds(count, mass)
-        if self.p == 1 or mass < self.p * least:
+        if self.p == 1 or not count or mass < self.p * least:   # of a top_p however small the best token is left
             return True
         if mass < self.p * most:   # seldom: then it must be known
             logits_K = logits_BV[self.b].float().topk(self.k).values
@@ -492,7 +492,7 @@ def _sample_kernel(logits_ptr, floors_ptr, whole_ptr, real_ptr, tokens_ptr, V, r
             token = tl.min(tl.where(times == tl.min(times), ids, V))
             pivot, pivot_id = tl.max(tl.where(ids == token, logits, -float("inf"))), token
             count, mass = _sum_before(logits_ptr, V, best, temperature, pivot, pivot_id, BLOCK, BLOCKS)
-            kept = ((k == 0) | (count < k)) & ((p == 1) | (mass < p * total))
+            kept = (count == 0) | ((k == 0) | (count < k)) & ((p == 1) | (mass < p * total))
             drawing = tl.where(kept, 0, 1)
             draw += 1
     tl.store(tokens_ptr + row, tl.where(finite, token, -1))

@@ -1,7 +1,8 @@
 """Guess, then verify: speculative decoding. (Read nanoserve.py up to the scheduler first.)
 
-A decode step reads every weight for one token of a request; a step of five tokens reads the same bytes. So somebody
-cheap guesses what comes next, and the model verifies all guesses in one step (Leviathan et al. 2023; Chen et al. 2023):
+A decode step reads every weight for one token of a request; a step of five tokens reads the same bytes (with experts,
+some more). So somebody cheap guesses what comes next, and the model verifies all guesses in one step (Leviathan et al.
+2023; Chen et al. 2023):
 
     text so far           The cat sat by the door all
     drafts                                             morning   .   The   dog      guessed
@@ -46,10 +47,12 @@ from tokenizer import load_tokenizer
 # ---------------------------------------------------------------------------------------------
 # How many drafts pay
 
-WEIGHT, HOPE = 0.1, 0.001   # of a new trial in a chance; what a chance gains in a step that does not try it
-FADE = 0.999                # what a measured time is worth a step later
-MARGIN = 1.1                # drafts must promise so much, as what was measured is noisy
-UNLIKELY = 0.03             # a draft that is right less often is not worth thinking about
+WEIGHT = 0.1      # of the newest trial in the moving average that a chance is
+HOPE = 0.001      # what a chance gains in a step without a trial
+FADE = 0.999      # what a measured time is worth a step later
+MARGIN = 1.1      # speed with drafts must be so many times that without, as measured times are noisy
+UNLIKELY = 0.03   # a draft that is right less often is not worth thinking about
+THINKING = 0.01   # of the time: what looking for drafts may take while none is found that pays
 
 
 class Speculator:
@@ -62,12 +65,17 @@ class Speculator:
         seconds    a decode step, plus what the drafts' rows add to it, plus the passes of the draft model
         speed      tokens / seconds
 
-    If that is less than MARGIN times the speed without drafts, there are none. The times are measured as steps run
-    (`Times`). So the number of drafts follows the text, the batch and the machine, down to none.
+    With a chance of 0.8, a step of 10 ms and 0.5 ms more per row, one draft makes 1.8 tokens in 10.5 ms, two 2.44 in 11,
+    four 3.36 in 12, eight 4.33 in 14. If the best speed is less than MARGIN times that without drafts, there are none.
+    The times are measured as steps run (`Times`). So the number of drafts follows the text, the batch and the machine,
+    down to none.
 
     To notice that a text has become easy, a chance grows by HOPE in each step that does not try it. If a try costs x of
     a step, it is made when the chance is about x. Its failure takes WEIGHT * x off the chance, which needs WEIGHT * x /
     HOPE steps to come back. So tries cost HOPE / WEIGHT = 1% of the time, however large x is.
+
+    Looking for drafts takes time itself: 0.2 ms for 16 requests, 5% of a step of demo/llama. So after a step for which
+    none were worth it, it rests for as many steps as make that THINKING of the time. With a large model these are none.
     """
 
     def __init__(self, drafter: NgramDrafter | DraftModel, most: int):
@@ -78,11 +86,16 @@ class Speculator:
         self.chances = WeakKeyDictionary()      # Request -> chance
         self.drafts = {}                        # Request -> its drafts in this step
         self.offered = []                       # requests that could have had drafts in this step
+        self.rest = 0                           # for how many steps it does not look for drafts
 
     def draft(self, plan: list[tuple], scheduler):
         """Put drafts behind the last tokens of requests that decode. They take what is left of the token budget, and
-        blocks that nobody else needs. Such a chunk wants logits for each of its tokens."""
-        self.drafts = {}
+        blocks that are left now. Such a chunk wants logits for each of its tokens."""
+        self.drafts, self.offered = {}, []
+        if self.rest:
+            self.rest -= 1
+            return
+        begin, rows = time.perf_counter(), sum(len(chunk.tokens) for _, chunk in plan)
         decodes = [(request, chunk) for request, chunk in plan
                    if len(chunk.tokens) == 1 and chunk.logits and len(request.siblings) == 1]
         rooms = [0 if request.params.logits_processor else min(self.most, request.max_length - len(request.tokens) - 1)
@@ -90,10 +103,12 @@ class Speculator:
         requests = [request for request, _ in decodes]
         offers = self.drafter.offers(requests, rooms)
         self.offered = [request for request, offer in zip(requests, offers) if offer]
-        if not self.offered:
+        budget = scheduler.max_batched_tokens - rows
+        counts = self.worthwhile(requests, offers, rows) if self.offered else []
+        if not any(counts):
+            if step := at(self.seconds.curve(), rows):
+                self.rest = int((time.perf_counter() - begin) / (THINKING * step))
             return
-        rows = sum(len(chunk.tokens) for _, chunk in plan)
-        budget, counts = scheduler.max_batched_tokens - rows, self.worthwhile(requests, offers, rows)
         for b, request in enumerate(requests):
             if counts[b]:
                 counts[b] = scheduler.make_room(request, min(counts[b], budget))
@@ -105,8 +120,8 @@ class Speculator:
         plan.sort(key=lambda entry: len(entry[1].tokens))
 
     def worthwhile(self, requests: list, offers: list[int], rows: int) -> list[int]:
-        """How many of the offered drafts to take for each request, in a step that runs so many tokens without them. No
-        step gets more than 8 tokens or twice as many as one that is known."""
+        """How many of the offered drafts to take for each request, in a step that runs so many tokens without them. A
+        step gets at most 8 tokens, or twice as many as the largest known one, whichever is more."""
         counts, deepest, tokens = [0] * len(requests), 0, len(requests)
         drafts = []
         for b, (request, offer) in enumerate(zip(requests, offers)):
@@ -121,7 +136,7 @@ class Speculator:
             best, best_count = MARGIN * tokens / seconds, 0
             for count, (probability, n, _) in enumerate(drafts, 1):
                 tokens, deepest = tokens - probability, max(deepest, n)
-                if count == about(count, 3) or count == len(drafts):   # of many, some are enough
+                if count == about(count, 3) or count == len(drafts):   # 1 to 8, 10, 12, ...: some are enough
                     speed = tokens / (seconds + at(curve, rows + count) - without + deepest * a_pass)
                     if speed >= best:
                         best, best_count = speed, count
@@ -146,15 +161,16 @@ class Speculator:
     def learn(self, accepted: dict):
         """After the step. accepted: Request -> how many of its drafts were right."""
         self.drafter.keep()
+        hope = HOPE * (1 + self.rest)   # for the steps to come without a trial, too
         for request in self.offered:
             chance, drafts = self.chances.get(request, self.usual), len(self.drafts.get(request, ()))
             right = accepted.get(request, 0)
             for success in [1.0] * right + [0.0] * (right < drafts):
                 chance += WEIGHT * (success - chance)
                 self.usual += WEIGHT * (success - self.usual)
-            self.chances[request] = chance if drafts else min(1.0, chance + HOPE)
+            self.chances[request] = chance if drafts else min(1.0, chance + hope)
         if self.offered and not self.drafts:
-            self.usual = min(1.0, self.usual + HOPE)
+            self.usual = min(1.0, self.usual + hope)
 
 
 class Times:
@@ -187,8 +203,9 @@ class Times:
 
 
 def at(curve: list[tuple[int, float]], rows: int) -> float:
-    """Seconds of a step of so many tokens: on a straight line between its neighbours, or beyond the last two. A step
-    of fewer tokens than were ever measured may take half as long as the smallest, or as its tokens are to its."""
+    """Seconds of a step of so many tokens: on a straight line between its neighbours, or beyond the last two. Below
+    the smallest known size: in proportion to the tokens, but at least half of its time. If one size is known, a larger
+    step is taken to cost the same, so that it is tried."""
     after = bisect_left(curve, (rows, 0.0))
     if not curve:
         return 0.0
@@ -202,7 +219,7 @@ def at(curve: list[tuple[int, float]], rows: int) -> float:
 
 
 def about(number: int, digits: int = 4) -> int:
-    """The number to so many binary digits. To four: 1 to 16, 18, 20, ... 32, 36, 40, ..."""
+    """The number rounded down to so many binary digits. To four: 1 to 16, 18, 20, ... 32, 36, 40, ..."""
     step = 1 << max(0, number.bit_length() - digits)
     return number // step * step
 
@@ -325,6 +342,7 @@ class DraftModel:
             table, before = request.table, request.table.drafted
             table.drafted = min(reached, request.computed)
             self.pool.drafted.update(table.blocks[before // S:table.drafted // S])
+        self.reached = {}
 
 
 def load_draft(folder: str | Path | Config, config: Config, tokenizer, device: torch.device, dtype: torch.dtype,

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 import batch
 import kernels
 import nanoserve
+import speculate
+from batch import Chunk
 from nanoserve import LLM, SamplingParams
 from reference import CONFIGS, GPT2, LLAMA, NEW, repeat, tensors_of, write_checkpoint
 from roofline import kv_bytes
@@ -51,8 +53,14 @@ class Prophet:
         pass
 
 
+class Restless(Speculator):
+    """It looks for drafts in every step, however long it takes to look."""
+    rest = property(lambda self: 0, lambda self, steps: None)
+
+
 def take_all(llm):
     """Every draft that is offered is tried, whether it pays or not."""
+    llm.speculator.__class__ = Restless
     llm.speculator.worthwhile = lambda requests, offers, rows: list(offers)
 
 
@@ -451,6 +459,36 @@ def test_chances_follow_what_was_accepted_and_hope_grows_where_nothing_is_tried(
     rule.offered = []
     rule.learn({})
     assert rule.chances[request] == pytest.approx(before + HOPE), "who had no offer learns nothing"
+
+
+@settings(max_examples=30)
+@given(B=st.integers(1, 20), looking=st.sampled_from([0.0, 0.003, 0.01, 0.06, 0.5, 3.0]), offered=st.booleans())
+def test_looking_for_drafts_that_are_not_there_takes_a_percent_of_the_time(B, looking, offered):
+    """looking: how long it takes, in steps. Time stands still but for that."""
+    now, looks = [0.0], []
+
+    def offers(requests, rooms):
+        now[0] += looking
+        looks.append(len(requests))
+        return [4 * offered] * len(requests)
+    rule = Speculator(SimpleNamespace(offers=offers, keep=lambda: None, seconds=Times()), 4)
+    for _ in range(3):
+        rule.seconds.add(B, 1.0)
+        rule.drafter.seconds.add(B, 1e9)   # so that no draft ever pays
+    params = SimpleNamespace(logits_processor=None)
+    requests = [Key(params=params, max_length=99, tokens=[1, 2], siblings=[None]) for _ in range(B)]
+    rule.chances.update(dict.fromkeys(requests, 0.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speculate.time, "perf_counter", lambda: now[0])
+        for _ in range(1000):
+            plan = [(request, Chunk([2], 1, [0])) for request in requests]
+            rule.draft(plan, SimpleNamespace(max_batched_tokens=99))
+            assert not rule.drafts and all(chunk.tokens == [2] for _, chunk in plan)
+            rule.learn({})
+    assert set(looks) == {B} and looking * (len(looks) - 1) <= 0.01 * 1000
+    assert len(looks) >= min(1000, 0.01 * 1000 / max(looking, 1e-9) * 0.5), "and no less often than it may"
+    hope = HOPE * 1000 if offered else 0.0
+    assert all(rule.chances[request] == pytest.approx(hope, rel=0.4) for request in requests), "resting gives hope, too"
 
 
 def test_measured_times():
