@@ -136,7 +136,7 @@ class Fields:
     def need(self, key: str, kind: type = int):
         if self.values.get(key) is None:
             raise ValueError(f"{self.path}: {key!r} is missing: fetch the file again")
-        return self.get(key, kind(1))
+        return self.get(key, kind(1) if kind in (int, float) else kind())
 
 
 def read_config(folder: Path) -> Config:

@@ -178,6 +178,7 @@ def test_yarn_keeps_pairs_that_turn_often_and_stretches_those_that_turn_seldom(t
     (dict(mscale=0.5, mscale_all_dim=2), dict(attention_factor=(1 + 0.05 * math.log(4)) / (1 + 0.2 * math.log(4)))),
     (dict(mscale=0.5), dict(attention_factor=1 + 0.1 * math.log(4))), (dict(factor=0.9), dict(attention_factor=1)),
     (dict(mscale=1, mscale_all_dim=1), dict(attention_factor=1)),
+    (dict(mscale=0, mscale_all_dim=0.0), dict(attention_factor=1 + 0.1 * math.log(4))),
     (dict(attention_factor=1.25, mscale=0.5, mscale_all_dim=2), dict(attention_factor=1.25)),
     (dict(original_max_position_embeddings=None), dict(original_max_position_embeddings=160)),
 ])

@@ -221,6 +221,7 @@ def test_explain_says_what_is_absorbed_and_what_is_widened(folders):
     (YOUTU, dict.fromkeys(["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]),
      dict(latent=Latent(512, 128, 64, 128, 20), D=576, experts=None)),
     (DEEPSEEK_V3, {}, dict(K=1, D=32, latent=Latent(24, 12, 8, 10, 20), interleaved=True, extra_layers=0)),
+    (DEEPSEEK_V3, dict(num_nextn_predict_layers=0), dict(extra_layers=0)),
     (DEEPSEEK_V3, dict(rope_interleave=False, num_nextn_predict_layers=1), dict(interleaved=False, extra_layers=1)),
     (DEEPSEEK_V2, dict(rope_interleave=False, q_lora_rank=None), dict(interleaved=True, latent=Latent(24, 12, 8, 10, None))),
     (DEEPSEEK_V2, dict(rope_scaling=dict(type="yarn", factor=4.0, original_max_position_embeddings=400, mscale_all_dim=0.5)),

@@ -1036,6 +1036,24 @@ def test_text_that_is_held_back_is_shown_when_the_text_ends():
     assert (out.text, out.finish_reason) == ("xab", "stop")
 
 
+@pytest.mark.parametrize("how", ["abort", "error"])
+def test_text_that_is_held_back_is_not_lost_when_the_request_is(how):
+    llm, prompt = LLM(HERE / "demo/llama", dtype="float32"), "The cat sat"
+
+    def third(token_ids, logits_V):
+        if len(token_ids) == 2 and how == "error":
+            raise RuntimeError("no third token")
+        return logits_V
+    params = SamplingParams(max_tokens=2)
+    text = llm.generate(prompt, params)[0].text
+    out = llm.requests[llm.add(prompt, SamplingParams(stop=text + "...", logits_processor=third))].output
+    while len(out.token_ids) < 2:
+        llm.step()
+    assert out.text == ""
+    llm.abort(out.id) if how == "abort" else llm.step()
+    assert (out.text, out.finish_reason) == (text, how)
+
+
 @settings(max_examples=150)
 @given(text=WILD, stops=st.lists(st.text(st.sampled_from("the cas "), min_size=1, max_size=4), max_size=3))
 def test_text_ends_before_a_stop_string_and_never_shows_part_of_one(tokenizers, text, stops):

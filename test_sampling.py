@@ -407,6 +407,14 @@ def test_greedy_takes_the_first_of_the_largest(choose_tokens, dtype):
     assert set(choose_tokens(logits[[2] * 40], cold, [1] * 40, list(range(40)))) == {600, 256, 4696}
 
 
+@pytest.mark.parametrize("choose_tokens", [sampling.sample_torch] + [sampling.sample_triton] * HAS_TRITON)
+def test_of_a_top_p_that_rounds_to_nothing_the_best_token_is_left(choose_tokens):
+    """A part so small of a sum below 1 is 0 in floating point, and no mass is below it."""
+    logits = random_logits(6, 300).to("cuda" if torch.cuda.is_available() else "cpu")
+    params = [SamplingParams(temperature=t, top_k=k, top_p=5e-324) for t in (0.5, 1e3) for k in (0, 5, 299)]
+    assert choose_tokens(logits, params, [1] * 6, [1] * 6) == logits.argmax(-1).tolist()
+
+
 def test_a_low_temperature_tells_logits_apart_that_are_close():
     """0.0001 at a temperature of 0.000001 is a hundred times more than the exponent that matters."""
     logits = torch.tensor([0.9999, 1.0, 0.0])
