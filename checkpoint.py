@@ -233,7 +233,7 @@ def plan_scales(c: Config, checkpoint: Checkpoint) -> dict[str, Stored]:
 
 def plan_cuts(c: Config, rank: int, size: int) -> dict[str, Cut]:
     """What one of several ranks has of each stored tensor (parallel.py says why): the axis along which it is cut, and
-    the slices. What is not named here every rank has whole."""
+    the slices. What is not named here, or has None for its slice, every rank has whole."""
     def piece(count: int, rows: int = 1) -> slice:
         mine = share_of(count, rank, size)
         return slice(mine.start * rows, mine.stop * rows)

@@ -27,8 +27,8 @@ from watch import Explanation, Timeline
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="nanoserve.py", description="Continue a text with a GPT-2 or Llama checkpoint. Several prompts run as one "
-        "batch. The text goes to standard output, everything else to standard error.")
+        prog="nanoserve.py", description="Continue a text with a GPT-2, Llama or related checkpoint. Several prompts "
+        "run as one batch. The text goes to standard output, everything else to standard error.")
     parser.error = lambda message: parser.exit(2, f"nanoserve.py: {message}; see --help\n")
     add = parser.add_argument_group("prompts").add_argument
     add("--prompt", action="append", default=[], metavar="TEXT",
@@ -174,8 +174,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def exit_status(name: str, command: Callable[[], int]) -> int:
-    """What the command returns; 2 for bad input, 1 if standard output was closed or is full or a rank has ended, 130
-    after Ctrl-C."""
+    """What the command returns; 2 for bad input, for a file that cannot be opened and if memory runs out, 1 if standard
+    output was closed or is full or a rank has ended, 130 after Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stderr = sys.stderr or open(os.devnull, "w")   # None: the shell closed it
     if sys.stdout is None:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import speculate
 from reference import CONFIGS, NEW, as_int8, as_it_is, int8, plain_greedy, tensors_of, write_checkpoint
 
 torch.set_num_threads(1)   # the tensors are tiny, and the other core may be running another test
+speculate.THINKING = float("inf")   # look for drafts in every step: no outcome may depend on how long that takes
 settings.register_profile("nanoserve", deadline=None, derandomize=True, print_blob=True,
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.load_profile("nanoserve")

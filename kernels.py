@@ -20,9 +20,8 @@ the tiles beside it find the same keys in the L2 cache.) Decode has another trou
 machine. So its keys are cut into splits that run side by side, and merge by the recurrence of online softmax:
 its three running values are all that a split leaves behind. A verification runs a token and n guesses of what
 follows it. It reads the bytes of a decode, and units that would idle do its n + 1 times as many operations. So
-every chunk of a few tokens is served like a decode, as a short chunk.
-
-Nobody keeps q: a later token asks with its own query, and needs only keys and values.
+every chunk of a few tokens is served like a decode, as a short chunk. (Nobody keeps q: a later token asks with
+its own query.)
 
 Layout: k_KNSD holds K heads of N blocks of S slots, so one block of one head is one contiguous piece of
 memory. Token t of a request lives in slot block_table[t // S] * S + t % S. "The dog" of paged_kv.py, about
@@ -44,7 +43,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from batch import SHORT, Batch, Chunk, make_batch   # noqa: F401, forks import them from here
+from batch import SHORT, Batch, Chunk, make_batch   # noqa: F401, forks import the last two from here
 from device import jit, load_triton
 
 LOG2E = 1.4426950408889634   # exp(x) = exp2(x * LOG2E), and exp2 is one instruction
@@ -228,7 +227,8 @@ def plan_call(batch: Batch, H: int, k_KNSD: Tensor, requests: list[int], window:
     distance = batch.positions_T[rows].view(len(requests), 1, 1, -1, 1) - keys_BT[:, None, None, None]
     heads = torch.arange(H, device=device).view(1, K, -1, 1, 1)
     seen = (distance >= 0) & (distance < (window or N * S))
-    mask = torch.where(seen, bias(heads, distance) if bias else 0.0, -torch.inf).to(dtype)   # [B, K, G, n, keys] or 1s
+    # 5 tokens, K = 2, G = 3: [B, 2, 3, 5, keys] (or 1s) -> [B, 2, 15, keys], token by token and in each head by head.
+    mask = torch.where(seen, bias(heads, distance) if bias else 0.0, -torch.inf).to(dtype)
     mask = mask.transpose(2, 3).expand(-1, -1, -1, H // K if n > 1 else -1, -1).flatten(2, 3) if short else mask[0]
     if slots:
         return Call(rows, n * short, slots, mask)
@@ -579,9 +579,9 @@ def share_out(batch: Batch, K: int, window: int | None, TILE: int, device: torch
     it says little about the work: eight requests of 100 keys and eight of 100,000 are both eight.
 
     A graph needs as many rows in every step of so many requests, so rows of nobody (-1) fill the list up to the most
-    that there can be. If every split were full, there would be tiles / per_split of them, which is 2 * processors / K
-    at most. Each request has one that is not full, so the rest is one for each. Requests of several splits come first:
-    only they leave partial answers, 4 * processors / K at most.
+    that there can be, here 8 / 2 + 2 = 6. If every split were full, there would be tiles / per_split of them, which is
+    2 * processors / K at most. Each request has one that is not full, so the rest is one for each. Requests of several
+    splits come first: only they leave partial answers, 4 * processors / K at most.
     """
     requests = [b for b, chunk in enumerate(batch.chunks) if len(chunk.tokens) <= SHORT]
     begins = [first_key(batch, b, window) // TILE * TILE for b in requests]

@@ -10,6 +10,8 @@ r of P = 64 numbers, which all heads share: RoPE has no place in the latent, as 
     key of head h     [K_h c, r]       U + P = 128 + 64 numbers, the unrotated and the rotary ones; K_h is [U, Z]
     its value         V_h c            W = 128 numbers; V_h is [W, Z]
 
+These letters are this room's own (in config.py Z is rank, P rotary, U plain, W value); so is J, keys.
+
 Nobody has to make these keys and values. A query [q, s] of head h has the score
 
     q . (K_h c) + s . r  =  (K_h^T q) . c  +  s . r        and the answer        sum of p V_h c  =  V_h (sum of p c)
@@ -17,15 +19,15 @@ Nobody has to make these keys and values. A query [q, s] of head h has the score
 so K_h can go to the query, and V_h to the answer: they are absorbed. (A rotation by the key's position, between K_h and
 q, could not be: it differs from key to key. So r carries all of the positions.) What attends then is G = H query rows
 of D numbers to a single KV head, the pool as it is, and V is the first Z columns of K. Or the keys are widened for all
-heads, and attended to as ever. Both give the same; for n tokens that see L keys, n L pairs or less, they cost, in
+heads, and attended to as ever. Both give the same; for n tokens that see J keys, n J pairs or less, they cost, in
 operations:
 
     absorbed     2 H Z (U + W) per token,   2 H (2 Z + P) per pair       DeepSeek: 131,072 x 2 H,  1,088 x 2 H
     widened      2 H Z (U + W) per key,     2 H (U + P + W) per pair               131,072 x 2 H,    320 x 2 H
 
 A prompt that begins has as many keys as tokens, and each of its pairs is cheaper widened. A decode has one token, and
-to widen all of its keys would cost 120 times as much as to attend to them. In between, for a piece of a prompt with a
-long past, the two meet where n (1,088 - 320) is 131,072: at 171 tokens. `widening_pays` compares them exactly.
+to widen all of its keys would cost 120 times as much as to attend to them. In between, for a piece of n tokens behind a
+much longer past, the two meet where n (1,088 - 320) is 131,072: at 171 tokens. `widening_pays` compares them exactly.
 
 The lesson in numbers: an absorbed decode reads 1,152 bytes of a key in bfloat16 and does 128 x 2,176 operations with
 them, 242 per byte, where GQA with G = 4 does 4. An H100 does 295 operations while a byte arrives: MLA spends nearly all
@@ -61,26 +63,27 @@ def attend_to_latents(q_THF: Tensor, part: Part, k_KNSD: Tensor, batch: Batch, s
     out_THW = q_THF.new_empty(*q_THF.shape[:2], m.value)
     for way in batch.once("latent", lambda: plan(batch, S, m)):
         q = q_THF[way.rows]
-        if way.slots_L is None:
+        if way.slots_J is None:
             out_THW[way.rows] = attend_absorbed(q, up_HFZ, k_KNSD, way.batch, scale, m, backend, k_scale_KNS)
         else:
-            latents_LD = k_KNSD.flatten(0, 2)[way.slots_L]
+            latents_JD = k_KNSD.flatten(0, 2)[way.slots_J]
             if k_scale_KNS is not None:
-                latents_LD = (latents_LD * k_scale_KNS.flatten()[way.slots_L, None]).to(q.dtype)
-            out_THW[way.rows] = attend_widened(q, up_HFZ, latents_LD, way.batch, S, scale, m, backend)
+                latents_JD = (latents_JD * k_scale_KNS.flatten()[way.slots_J, None]).to(q.dtype)
+            out_THW[way.rows] = attend_widened(q, up_HFZ, latents_JD, way.batch, S, scale, m, backend)
     return out_THW
 
 
 class Way(NamedTuple):
     """Chunks of a step that are served in the same way."""
     rows: slice | Tensor      # their rows of q
-    batch: Batch              # they alone; if their keys are widened, with blocks that count these keys
-    slots_L: Tensor | None    # where in the pool the keys are that are widened; None: they are absorbed
+    batch: Batch              # they alone; if their keys are widened, with tables 0, 1, 2, ... into the widened keys
+    slots_J: Tensor | None    # where in the pool the keys are that are widened; None: they are absorbed
 
 
 def widening_pays(n: int, past: int, m: Latent) -> bool:
-    """Whether n tokens behind so many others cost less with their keys widened. Both ways widen, or absorb, what stands
-    for the n new tokens. Short chunks are absorbed: a graph of them does the same in every step."""
+    """Whether n tokens behind so many others cost less with their keys widened. To absorb the new tokens costs what it
+    costs to widen them, so only the past counts. Short chunks are absorbed: a graph of them does the same in every
+    step."""
     pairs = n * past + n * (n + 1) // 2
     return n > SHORT and pairs * (2 * m.rank - m.plain - m.value) > past * m.rank * (m.plain + m.value)
 
@@ -113,30 +116,30 @@ def attend_absorbed(q_THF: Tensor, up_HFZ: Tensor, k_KNSD: Tensor, batch: Batch,
     q_HTZ = q_THF[..., :m.plain].transpose(0, 1) @ up_HFZ[:, :m.plain]
     q_THD = torch.cat([q_HTZ.transpose(0, 1), q_THF[..., m.plain:]], -1)
     if backend == "triton":
-        c_L1Z, r_L1P = k_KNSD.view(-1, 1, q_THD.shape[2]).split([m.rank, m.rotary], -1)
-        o_THZ = launch(q_THD, c_L1Z, r_L1P, c_L1Z, batch, k_KNSD.shape[2], scale, k_scale_KNS)
+        c_J1Z, r_J1P = k_KNSD.view(-1, 1, q_THD.shape[2]).split([m.rank, m.rotary], -1)
+        o_THZ = launch(q_THD, c_J1Z, r_J1P, c_J1Z, batch, k_KNSD.shape[2], scale, k_scale_KNS)
     else:   # V is the first columns of K; what the others add up to is left
         attention = kernels.ATTENTION[backend]
         o_THZ = attention(q_THD, k_KNSD, k_KNSD, batch, scale, None, k_scale_KNS, k_scale_KNS)[..., :m.rank]
     return (o_THZ.transpose(0, 1) @ up_HFZ[:, m.plain:].mT).transpose(0, 1)
 
 
-def attend_widened(q_THF: Tensor, up_HFZ: Tensor, latents_LD: Tensor, batch: Batch, S: int, scale: float, m: Latent,
+def attend_widened(q_THF: Tensor, up_HFZ: Tensor, latents_JD: Tensor, batch: Batch, S: int, scale: float, m: Latent,
                    backend: str) -> Tensor:
     """Every head has keys and values of its own, made of the latents of the chunks' keys; [T, H, W]."""
-    c_LZ, r_LP = latents_LD.split([m.rank, m.rotary], -1)
-    at_once, answers = max(1, WIDENED // (len(c_LZ) * up_HFZ.shape[1] * c_LZ.element_size())), []
+    c_JZ, r_JP = latents_JD.split([m.rank, m.rotary], -1)
+    at_once, answers = max(1, WIDENED // (len(c_JZ) * up_HFZ.shape[1] * c_JZ.element_size())), []
     for q_ThF, up_hFZ in zip(q_THF.split(at_once, 1), up_HFZ.split(at_once)):   # h: so many heads at once
-        kv_LhF = F.linear(c_LZ, up_hFZ.flatten(0, 1)).unflatten(-1, up_hFZ.shape[:2])
-        k_LhU, v_LhW = kv_LhF.split([m.plain, m.value], -1)
+        kv_JhF = F.linear(c_JZ, up_hFZ.flatten(0, 1)).unflatten(-1, up_hFZ.shape[:2])
+        k_JhU, v_JhW = kv_JhF.split([m.plain, m.value], -1)
         if backend == "triton":
-            answers.append(launch(q_ThF, k_LhU, r_LP[:, None], v_LhW, batch, S, scale))
+            answers.append(launch(q_ThF, k_JhU, r_JP[:, None], v_JhW, batch, S, scale))
             continue
         # The others want a pool of keys and values, both of one size: whichever is shorter gets zeros.
-        k_LhF = torch.cat([k_LhU, r_LP[:, None].expand(-1, k_LhU.shape[1], -1)], -1)
-        D = max(k_LhF.shape[-1], m.value)
-        q_ThD, k_LhD, v_LhD = (F.pad(x, (0, D - x.shape[-1])) for x in (q_ThF, k_LhF, v_LhW))
-        k_hNSD, v_hNSD = (x.transpose(0, 1).unflatten(1, (-1, S)).contiguous() for x in (k_LhD, v_LhD))
+        k_JhF = torch.cat([k_JhU, r_JP[:, None].expand(-1, k_JhU.shape[1], -1)], -1)
+        D = max(k_JhF.shape[-1], m.value)
+        q_ThD, k_JhD, v_JhD = (F.pad(x, (0, D - x.shape[-1])) for x in (q_ThF, k_JhF, v_JhW))
+        k_hNSD, v_hNSD = (x.transpose(0, 1).unflatten(1, (-1, S)).contiguous() for x in (k_JhD, v_JhD))
         answers.append(kernels.ATTENTION[backend](q_ThD, k_hNSD, v_hNSD, batch, scale)[..., :m.value])
     return torch.cat(answers, 1)
 
@@ -284,7 +287,7 @@ def _merge_kernel(out_ptr, o_ptr, m_ptr, l_ptr, query_starts_ptr, work_ptr, long
         tl.store(out_ptr + row_start * H * W + at_RW, out_RW, mask=live_RW)
 
 
-def launch(q_THF: Tensor, k_LKA: Tensor, r_L1P: Tensor, v_LKW: Tensor, batch: Batch, S: int, scale: float,
+def launch(q_THF: Tensor, k_JKA: Tensor, r_J1P: Tensor, v_JKW: Tensor, batch: Batch, S: int, scale: float,
            scale_KNS: Tensor | None = None) -> Tensor:
     """Attention of queries of A + P numbers to keys of A numbers per KV head and P that all share; [T, H, W].
 
@@ -293,10 +296,10 @@ def launch(q_THF: Tensor, k_LKA: Tensor, r_L1P: Tensor, v_LKW: Tensor, batch: Ba
     splits them, and one the others.
     """
     kernels.load_triton()
-    (T, H, _), (_, K, A), P, W, device = q_THF.shape, k_LKA.shape, r_L1P.shape[2], v_LKW.shape[2], q_THF.device
+    (T, H, _), (_, K, A), P, W, device = q_THF.shape, k_JKA.shape, r_J1P.shape[2], v_JKW.shape[2], q_THF.device
     q_THF, out_THW = q_THF.contiguous(), torch.empty(T, H, W, dtype=q_THF.dtype, device=device)
     A_PAD, P_PAD, W_PAD = (max(16, triton.next_power_of_2(x)) for x in (A, P, W))
-    shape = dict(S=S, H=H, G=H // K, A=A, A_PAD=A_PAD, P=P, P_PAD=P_PAD, W=W, W_PAD=W_PAD, SHARED=v_LKW is k_LKA)
+    shape = dict(S=S, H=H, G=H // K, A=A, A_PAD=A_PAD, P=P, P_PAD=P_PAD, W=W, W_PAD=W_PAD, SHARED=v_JKW is k_JKA)
 
     for name, few in ("short", True), ("long", False):
         lengths = [len(chunk.tokens) for chunk in batch.chunks if (len(chunk.tokens) <= SHORT) == few]
@@ -315,8 +318,8 @@ def launch(q_THF: Tensor, k_LKA: Tensor, r_L1P: Tensor, v_LKW: Tensor, batch: Ba
         o, m, l = batch.once(("partial answers", name), lambda: (
             torch.empty(some, longest, H, W, device=device), *torch.empty(2, some, longest, H, device=device)))
         _latent_kernel[(len(work), programs)](
-            q_THF, out_THW, o, m, l, k_LKA, r_L1P, v_LKW, scale_KNS, batch.block_tables_UM, batch.query_starts,
-            batch.kv_lens, work, k_LKA.stride(0), k_LKA.stride(1), r_L1P.stride(0), longest, scale * LOG2E,
+            q_THF, out_THW, o, m, l, k_JKA, r_J1P, v_JKW, scale_KNS, batch.block_tables_UM, batch.query_starts,
+            batch.kv_lens, work, k_JKA.stride(0), k_JKA.stride(1), r_J1P.stride(0), longest, scale * LOG2E,
             **shape, **options)
         if some:
             _merge_kernel[(len(work), triton.cdiv(longest * H, 4))](

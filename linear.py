@@ -1,4 +1,4 @@
-"""A product is bytes: `linear(x, part)` is the only way the model multiplies. (A first reading may skip this file.)
+"""A product is bytes: `linear(x, part)` multiplies by a weight, whatever it is. (A first reading may skip this file.)
 
 A decode multiplies a few rows by every weight. Each weight is read once and used once per row, so the time is that
 of reading it: bytes over bandwidth. On a CPU PyTorch's float32 product (MKL) and its 16-bit product (oneDNN) both fall
@@ -77,18 +77,18 @@ def multiply(x_TE: Tensor, part: Part) -> Tensor:
 
 
 def pack(part: Part, dtype: torch.dtype) -> Part:
-    """The part in the order in which this device multiplies it fastest by rows of a dtype. Its weight may be a tensor
-    for `linear` alone."""
+    """The part in the order in which this device multiplies it fastest by rows of a dtype. Afterwards only `linear` can
+    read its weight."""
     if part.weight.dtype == torch.int8:
         return pack_int8(part)
     if not has_kernels(part.weight.device):
         part = widen(part, dtype)
-    weight, rows = part.weight, 64   # the order suits any number of rows; oneDNN asks for one to have in mind
+    weight, about = part.weight, 64   # the order suits any number of rows; oneDNN asks for one to have in mind
     if weight.device.type != "cpu" or not has_instructions_for(weight.dtype):
         return part
     if weight.dtype == torch.float32 and weight.nbytes < SMALL:
         return part
-    return replace(part, weight=torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows))
+    return replace(part, weight=torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), about))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -295,8 +295,8 @@ class LLM:
     in the pool; max_batched_tokens: tokens per step; None is what suits the device. max_seqs: texts that may be
     written at once. prefix_cache: whether to look for prompts' beginnings among blocks computed before.
     kv_cache_dtype: "auto" keeps K and V as the model computes them; "int8" in a byte a number and a scale per token and
-    KV head, in a half to nearly a quarter of the memory. quantization: "int8" or "fp8" brings the weights into 8 bits
-    while they are loaded.
+    KV head, in little more than a quarter of float32's memory or half of bfloat16's. quantization: "int8" or "fp8"
+    brings the weights into 8 bits while they are loaded.
     speculative_model: who guesses tokens for the model to verify, "ngram" or the folder of a smaller model with the
     same vocabulary; num_speculative_tokens: how many of a request in a step, at most.
     cuda_graphs: whether decode steps are replayed; None: wherever attention is "triton" on a GPU. weights: those of

@@ -153,7 +153,7 @@ class KVPool(KVMemory):
             self.references[shared] -= 1
             table.blocks.pop()
             self._append(table, self._take(shared + 1))
-            self.copy(shared, table.blocks[-1])   # a draft has read nothing yet: it begins when its request decodes
+            self.copy(shared, table.blocks[-1])   # not the draft's: samples have no drafts until they part
         return True
 
     def _append(self, table: BlockTable, block: int):
@@ -172,7 +172,7 @@ class KVPool(KVMemory):
 
     def commit(self, table: BlockTable, tokens: list[int], num_tokens: int):
         """Make the table's full blocks findable: K and V of the first `num_tokens` tokens are in, or will be before
-        anybody reads them, as every layer of a step writes before it attends."""
+        anybody reads them, as every layer of a step writes before it attends. Drafts are no tokens yet."""
         if not self.prefix_cache:
             return
         for i in range(table.known, num_tokens // self.block_size):
@@ -182,7 +182,8 @@ class KVPool(KVMemory):
             table.known = i + 1
 
     def forget(self, table: BlockTable, num_tokens: int):
-        """Take back what `commit` promised beyond so many tokens: the step that was to compute them has failed."""
+        """Take back what `commit` promised beyond so many tokens: the step that was to compute them has failed. The
+        table must be released next."""
         for block in table.blocks[num_tokens // self.block_size:]:
             self.index.pop(self.digests.pop(block, None), None)
 

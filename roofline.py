@@ -20,8 +20,8 @@ what takes time is reading the weights. A prompt of 512 tokens does 223 operatio
 compute and a decode by memory, a batch of decodes shares one reading of the weights and costs little more than one
 alone, and `crossover` says up to which batch.
 
-The limits are measured on the machine (`measured_ceiling`), not read from its brochure, but for the machines of
-HARDWARE, which are not here. `bench.py` measures how near to its limits a step comes, and `--explain` says it of every
+`measured_ceiling` measures the limits of this machine. Those of HARDWARE, machines that are not here, come from their
+makers' data sheets. `bench.py` measures how near to its limits a step comes, and `--explain` says it of every
 step.
 """
 
@@ -180,8 +180,8 @@ LINKS = {"NVLink": 450e9, "Ethernet": 50e9}   # bytes per second one way: an H10
 
 
 def handing_over(c: Config, m: Ceiling, lengths: tuple[int, ...], itemsize: int = 2) -> list[list]:
-    """Whether a prompt may be computed on another machine (distributed.py): for each length MB of its K and V, least ms
-    to compute it, and for each of LINKS the ms in which they pass, also in % of those to compute it."""
+    """Whether a prompt may be computed on another machine (distributed.py): for each length MB of K and V, least ms
+    of its prefill, ms on each of LINKS, and these in % of the prefill."""
     rows = []
     for T in lengths:
         size, compute = T * kv_bytes(c, itemsize), m.seconds(step_cost(c, [(T, 0)], itemsize))
@@ -256,8 +256,9 @@ def on_paper(c: Config, m: Ceiling, name: str, T: int) -> list[list[str]]:
 
 
 def measured_ceiling(device: torch.device, dtype: str) -> Ceiling:
-    """What this machine reaches at its best: the sum of a large tensor, and a large product. The best of 30 tries: a
-    neighbour can only slow them down. dtype: one of DTYPES, or of QUANTIZATIONS for products of quantised rows."""
+    """What this machine reaches at its best: the sum of a large tensor, and a large product. The best of 30 tries, as a
+    neighbour can only slow them down; on a GPU the median of 20. dtype: one of DTYPES, or of QUANTIZATIONS for products
+    of quantised rows."""
     x = torch.zeros(1 << 27, device=device)
     eight_bits = dtype in QUANTIZATIONS
     size = 8192 if device.type != "cpu" else 4096 if eight_bits else 2048   # quantising rows is little beside 4096

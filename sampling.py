@@ -62,7 +62,7 @@ class SamplingParams:
     stop: str | tuple[str, ...] = ()   # end the text before any of these strings
     ignore_eos: bool = False       # go on to max_tokens
     n: int = 1                     # so many continuations of the prompt; with a seed, each has the next one
-    logprobs: int | None = None    # log-probabilities of each token and of the k most likely ones; None: of none
+    logprobs: int | None = None    # log-probabilities, by the model alone, of each token and of the k most likely ones
     logits_processor: Callable[[list[int], Tensor], Tensor] | None = None   # (new tokens so far, logits_V) -> logits_V
 
     def __post_init__(self):
@@ -110,7 +110,7 @@ def noise_key(seed: int | None, sample: int = 0) -> int:
             return key
 
 
-def stream(key: int, position: int) -> int:
+def noise_start(key: int, position: int) -> int:
     """Where the noise of a token begins in the sequence of splitmix64, as int64."""
     start = mix((mix(key) + position * GOLDEN) % 2 ** 64)
     return start - 2 ** 64 if start >= 2 ** 63 else start
@@ -261,9 +261,10 @@ class Row:
     def __init__(self, b: int, V: int, params: SamplingParams, key: int, position: int, best: float = 0.0):
         self.b, self.p, self.k = b, params.top_p, params.top_k if params.top_k < V else 0   # 0: all
         self.temperature = max(params.temperature, COLDEST)
-        self.start = stream(key, position)
-        # So many tokens are drawn from at first; below none of their logits; their weight; the best logit, its weight.
-        self.size, self.floor, self.total, self.best, self.unit = V, -math.inf, 0.0, best, 1.0
+        self.start = noise_start(key, position)
+        self.size, self.total = V, 0.0          # tokens that are drawn from at first, and their weight
+        self.floor = -math.inf                  # none of their logits is below it
+        self.best, self.unit = best, 1.0        # the best logit, and its weight
 
     def bounds(self, count: int, mass: float) -> tuple[float, float]:
         """At least and at most what the first k weigh, if so many tokens of so much weight come before one of them. Of

@@ -65,7 +65,7 @@ class Speculator:
         seconds    a decode step, plus what the drafts' rows add to it, plus the passes of the draft model
         speed      tokens / seconds
 
-    With a chance of 0.8, a step of 10 ms and 0.5 ms more per row, one draft makes 1.8 tokens in 10.5 ms, two 2.44 in 11,
+    With a chance of 0.8, a step of 10 ms and 0.5 ms per draft, one draft makes 1.8 tokens in 10.5 ms, two 2.44 in 11,
     four 3.36 in 12, eight 4.33 in 14. If the best speed is less than MARGIN times that without drafts, there are none.
     The times are measured as steps run (`Times`). So the number of drafts follows the text, the batch and the machine,
     down to none.

@@ -53,14 +53,14 @@ class Prophet:
         pass
 
 
-class Restless(Speculator):
-    """It looks for drafts in every step, however long it takes to look."""
-    rest = property(lambda self: 0, lambda self, steps: None)
+class Tired(Speculator):
+    """It rests when it likes to."""
+    rest = property(lambda self: self.dice.randint(0, 1), lambda self, steps: None)
+    dice = random.Random(0)
 
 
 def take_all(llm):
     """Every draft that is offered is tried, whether it pays or not."""
-    llm.speculator.__class__ = Restless
     llm.speculator.worthwhile = lambda requests, offers, rows: list(offers)
 
 
@@ -83,6 +83,8 @@ def speculate_with(kind, most, seed, forced):
             llm.speculator.drafter = Prophet(texts, kind, seed)
         if forced:
             take_all(llm)
+        else:
+            llm.speculator.__class__, llm.speculator.dice = Tired, random.Random(seed)
         if kind == "itself":
             expect_all_right(llm)
     return prepare
@@ -480,6 +482,7 @@ def test_looking_for_drafts_that_are_not_there_takes_a_percent_of_the_time(B, lo
     rule.chances.update(dict.fromkeys(requests, 0.0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speculate.time, "perf_counter", lambda: now[0])
+        patch.setattr(speculate, "THINKING", 0.01)
         for _ in range(1000):
             plan = [(request, Chunk([2], 1, [0])) for request in requests]
             rule.draft(plan, SimpleNamespace(max_batched_tokens=99))

@@ -231,7 +231,7 @@ class Explanation:
             temperature = request.params.temperature
             how = f"drawn at temperature {temperature:g}" if temperature else "greedy"
             lines.append(f"next       {best} -> {self.spell([token])}, {how}")
-        # A new block is news twice: the second one, and the third as the second is full.
+        # A table's second block is news, and the first step of a third one; later ones are not.
         kinds = [(kind_of(request, chunk), request, len(chunk.blocks) == 2) for request, chunk in plan]
         self.steps.append((kinds, lines))
 
@@ -325,7 +325,7 @@ def describe_latents(llm: LLM, batch: Batch) -> Iterator[str]:
     for way in latent.plan(batch, llm.pool.block_size, m):
         n, tokens = len(way.batch.chunks), len(way.batch.positions_T)
         chunks = f"{n} chunk{'s' * (n > 1)} of {tokens} token{'s' * (tokens > 1)}"
-        if way.slots_L is None:
+        if way.slots_J is None:
             yield (f"{llm.model.backend}, absorbed: {chunks}, {c.H} query rows each against latents of {c.D} numbers, "
                    f"{intensity:.0f} operations per byte of a key that one token reads")
         else:
