@@ -697,17 +697,16 @@ class Run(NamedTuple):
 
 def run_drafts(llm: LLM, speculator: Speculator | None, prompts: list[list[int]], steps: int) -> Run:
     """Decode so many steps with this speculator, after WARM that do not count."""
-    return run_ways(llm, [speculator], prompts, steps)[0]
+    return run_ways([(llm, speculator)], prompts, steps)[0]
 
 
-def run_ways(llm: LLM, speculators: list[Speculator | None], prompts: list[list[int]], steps: int) -> list[Run]:
-    """The same for several, who take turns of a few steps in the same texts: these do not depend on who drafts, and
-    whoever disturbs the machine disturbs all of them alike."""
-    runs = [SimpleNamespace(chunks=[], tries=0, right=0, drafts=0, guessing=[], whole=[], tokens=0)
-            for _ in speculators]
-    run = None   # whose turn it is
+def run_ways(ways: list[tuple[LLM, Speculator | None]], prompts: list[list[int]], steps: int) -> list[Run]:
+    """The same for several engines with speculators, which take turns of a few steps: whoever disturbs the machine
+    disturbs all of them alike. (In one engine a draft model would find, in each of its turns, that it has fallen
+    behind.)"""
+    runs, outs = [], []
 
-    def watch(plan, takers, tokens, logits_BV):
+    def watch(run, plan, takers, tokens, logits_BV):
         verified = [(takers.count(request) - 1, len(chunk.tokens) - 1) for request, chunk in plan if chunk.logits > 1]
         run.chunks.append(len(verified))   # with drafts
         run.right += sum(n for n, _ in verified)
@@ -715,29 +714,41 @@ def run_ways(llm: LLM, speculators: list[Speculator | None], prompts: list[list[
         run.tries += sum(min(n + 1, m) for n, m in verified)
         run.tokens += len(tokens)
 
-    llm.speculator = speculators[0]
-    enough = (1 + max(DRAFTS)) * (1 + WARM + steps) * len(speculators)   # of more the pool may not expect to hold all
-    for prompt in prompts:
-        llm.add(prompt, SamplingParams(max_tokens=enough, ignore_eos=True))
-    outs = [request.output for request in llm.requests.values()]
-    while any(request.pending > 1 for request in llm.requests.values()):
-        llm.step()
-    for llm.speculator in speculators:
+    enough = (1 + max(DRAFTS)) * (1 + WARM + steps)   # of more the pool may not expect to hold all
+    for llm, llm.speculator in ways:
+        for prompt in prompts:
+            llm.add(prompt, SamplingParams(max_tokens=enough, ignore_eos=True))
+        outs += [request.output for request in llm.requests.values()]
+        while any(request.pending > 1 for request in llm.requests.values()):
+            llm.step()
         for _ in range(WARM):
             llm.step()
-    llm.watchers.append(watch)
+        runs.append(SimpleNamespace(chunks=[], tries=0, right=0, drafts=0, guessing=[], whole=[], tokens=0))
+        llm.watchers.append(partial(watch, runs[-1]))
     for begin in range(0, steps, TURN):
-        for llm.speculator, run in zip(speculators, runs):
+        for (llm, _), run in zip(ways, runs):
             with timed_drafts(llm, run.guessing):
                 run.whole += [clock(llm.step, llm.device) for _ in range(min(TURN, steps - begin))]
-    llm.watchers.remove(watch)
     ended = [out.error or out.finish_reason for out in outs if out.finish_reason]
-    for request_id in list(llm.requests):
-        llm.abort(request_id)
+    for llm, _ in ways:
+        llm.watchers.pop()
+        for request_id in list(llm.requests):
+            llm.abort(request_id)
     if ended:
         raise ValueError(f"a request ended before its measurement did ({ended[0]}): its context is too short, or its "
                          "logits are not finite")
     return [sum_up(run, len(prompts)) for run in runs]
+
+
+def beside(llm: LLM) -> LLM:
+    """An engine with the same weights that does not speculate."""
+    return LLM(llm.folder or llm.config, llm.device, llm.dtype, prefix_cache=False, max_seqs=llm.scheduler.max_seqs,
+               num_blocks=llm.pool.num_blocks, weights=llm.model.weights)
+
+
+def off_and_on(plain: LLM, llm: LLM, drafter) -> list[tuple[LLM, Speculator | None]]:
+    """Two ways: an engine that does not speculate, and one that does and decides for itself how much."""
+    return [(plain, None), (llm, Speculator(drafter, 4))]
 
 
 def sum_up(run: SimpleNamespace, B: int) -> Run:
@@ -819,7 +830,7 @@ def show_pair(device: torch.device, dtype: str):
     sentence."""
     folder = next(DEMO.parent / name for name in ("draft", "gpt2") if (DEMO.parent / name).exists())
     llm = LLM(DEMO, device, dtype, prefix_cache=False, max_seqs=16, num_blocks=1024, speculative_model=folder)
-    prompts = [llm.tokenizer.encode(text) for text in first_sentences(16)]
+    plain, prompts = beside(llm), [llm.tokenizer.encode(text) for text in first_sentences(16)]
     drafters = {f"demo/{folder.name}": llm.speculator.drafter, "n-grams": NgramDrafter()}
     rows, rules = {name: [] for name in drafters}, {name: [] for name in drafters}
     for B, steps in ((1, 60), (4, 40), (16, 24)):
@@ -827,7 +838,7 @@ def show_pair(device: torch.device, dtype: str):
         measures = []
         for drafter in drafters.values():
             measures += [partial(run_drafts, llm, forced(drafter, n), prompts[:B], steps) for n in DRAFTS]
-            measures.append(partial(run_ways, llm, [None, Speculator(drafter, 4)], prompts[:B], steps))
+            measures.append(partial(run_ways, off_and_on(plain, llm, drafter), prompts[:B], steps))
         columns = iter(in_turns(measures, 3))
         for name in drafters:
             *runs, ruled = itertools.islice(columns, len(DRAFTS) + 1)
@@ -842,7 +853,7 @@ def show_oracle(llm: LLM, what: str) -> tuple:
 
     It gives what was found at batch 1: the cost of verifying 4 drafts, the gain of 4 drafts, and that of n-grams on an
     answer that repeats its prompt; "-" for what the turns do not agree on."""
-    rows, rules, found, n = [], [], (), 8
+    plain, rows, rules, found, n = beside(llm), [], [], (), 8
     slow = llm.device.type == "cpu" and layer_weights(llm.config) > 5e8   # a second per step at batch 16
     for B, steps in ((1, 16),) if slow else ((1, 16), (4, 8), (16, 4)):
         progress(f"{what}, batch {B}")
@@ -853,9 +864,9 @@ def show_oracle(llm: LLM, what: str) -> tuple:
         easy, wrong = (Oracle(texts, n, right, llm.config.V) for right in (SURE, 0.0))
         measures = [partial(run_drafts, llm, forced(easy, count), prompts, steps) for count in DRAFTS]
         for drafter in (easy, wrong):
-            measures.append(partial(run_ways, llm, [None, Speculator(drafter, 4)], prompts, steps))
+            measures.append(partial(run_ways, off_and_on(plain, llm, drafter), prompts, steps))
         repeating = [text[:n + REPEATED] for text in texts]
-        measures.append(partial(run_ways, llm, [None, Speculator(NgramDrafter(), 4)], repeating, steps))
+        measures.append(partial(run_ways, off_and_on(plain, llm, NgramDrafter()), repeating, steps))
         columns = in_turns(measures, 3)
         runs, ruled = columns[:len(DRAFTS)], columns[len(DRAFTS):]
         rows += draft_rows("drafts", B, runs)

@@ -543,7 +543,7 @@ def config_of_tiny(context=512):
         return config_of("tiny")
 
 
-def test_speculation_off_and_on_take_turns_in_the_same_texts(hands):
+def test_speculation_off_and_on_take_turns(hands):
     """A step takes 10 seconds and one for each token that it runs; so much more takes every step of a busy minute."""
     llm = LLM(config_of_tiny(), "cpu", "float32", prefix_cache=False, max_seqs=4, speculative_model="ngram")
     prompts = [[i, 5, 7, 2] for i in range(2)]
@@ -551,8 +551,12 @@ def test_speculation_off_and_on_take_turns_in_the_same_texts(hands):
     texts = [prompt + llm.generate([prompt], SamplingParams(max_tokens=160, ignore_eos=True))[0].token_ids for prompt in prompts]
     order = []
     llm.runner.forward = taking(llm.runner.forward, hands, lambda batch: order.append(len(batch.tokens_T)) or 10 + len(batch.tokens_T))
-    off, on = bench.run_ways(llm, [None, bench.forced(bench.Oracle(texts, 4, 1.0, 99), 3)], prompts, 6)
-    assert order[1:] == [2] * 4 + [8] * 4 + [2] * 4 + [8] * 4 + [2] * 2 + [8] * 2, "a prompt, the warm ones, and turns of 4 and 2"
+    plain = bench.beside(llm)
+    ways = bench.off_and_on(plain, llm, bench.Oracle(texts, 4, 1.0, 99))
+    assert plain.speculator is ways[0][1] is None and ways[1][0] is llm and "worthwhile" not in vars(ways[1][1]), "it decides for itself"
+    plain.runner.forward = taking(plain.runner.forward, hands, lambda batch: order.append(len(batch.tokens_T)) or 10 + len(batch.tokens_T))
+    off, on = bench.run_ways([ways[0], (llm, bench.forced(bench.Oracle(texts, 4, 1.0, 99), 3))], prompts, 6)
+    assert order == [8] + [2] * 4 + [8] + [8] * 4 + [2] * 4 + [8] * 4 + [2] * 2 + [8] * 2, "prompts, the warm ones, and turns of 4 and 2"
     assert (off.tokens, off.seconds, off.drafts) == (1, 12, 0) and (on.tokens, on.seconds, on.drafts) == (4, 18, 3)
     assert off.speed == pytest.approx(2 / 12) and on.speed == pytest.approx(8 / 18)
 
@@ -569,8 +573,8 @@ def test_speculate_puts_each_number_into_its_column(monkeypatch, capsys):
         tokens = (6 if kind == "NgramDrafter" else 0.5 if getattr(speculator.drafter, "right", 1) == 0 else 5) if free else 1 + n / 2
         return bench.Run(seconds, 0.001 * bool(n), float(n > 0), float(n > 0), 0.5 * (n > 0), float(n), tokens, B * tokens / (seconds + 0.001 * bool(n)))
 
-    def run_ways(llm, speculators, prompts, steps):
-        return [run_drafts(llm, speculator, prompts, steps) for speculator in speculators]
+    def run_ways(ways, prompts, steps):
+        return [run_drafts(llm, speculator, prompts, steps) for llm, speculator in ways]
     for name, value in (("TABLES", []), ("run_drafts", run_drafts), ("run_ways", run_ways)):
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setitem(bench.SHAPES, "tiny", TINY | dict(max_position_embeddings=512))
