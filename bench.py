@@ -833,7 +833,7 @@ def show_pair(device: torch.device, dtype: str):
     plain, prompts = beside(llm), [llm.tokenizer.encode(text) for text in first_sentences(16)]
     drafters = {f"demo/{folder.name}": llm.speculator.drafter, "n-grams": NgramDrafter()}
     rows, rules = {name: [] for name in drafters}, {name: [] for name in drafters}
-    for B, steps in ((1, 60), (4, 40), (16, 24)):
+    for B, steps in ((1, 60), (4, 60), (16, 60)):
         progress(f"demo/llama, batch {B}")
         measures = []
         for drafter in drafters.values():

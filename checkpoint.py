@@ -6,7 +6,8 @@ A download may be torn, and files may not belong together. So all is checked fir
 
     read_config         config.json -> Config, without a look at the weights
     Checkpoint.check    every tensor's name, shape and dtype, on paper: the files are opened, no weight is read
-    load_weights        one part at a time: read, bring into our layout, pack; memory for one copy of the weights
+    load_weights        one part at a time: read, bring into our layout, pack; memory for one copy of the weights,
+                        and another one of an embedding that is also a packed head
 """
 
 from __future__ import annotations
@@ -387,11 +388,13 @@ def load_weights(folder: Path, c: Config, device: torch.device, dtype: torch.dty
     if "fp8" in (quantization, c.stored) and not has_kernels(device):   # `pack` widens them
         eight_bits = set()
     sizes = {name: math.prod(shape) * (1 if name in eight_bits else dtype.itemsize) for name, shape in expected.items()}
-    total = sum(sizes.values())
+    needed = total = sum(sizes.values())
+    if c.tied and (quantization or device.type == "cpu"):   # the head is the embedding again, in 8 bits or packed
+        needed += math.prod(expected[embedding]) * (1 if eight_bits else dtype.itemsize)
     try:
-        torch.empty(total, dtype=torch.uint8, device=device)   # all of it once, so as not to fail half-way
+        torch.empty(needed, dtype=torch.uint8, device=device)   # all of it once, so as not to fail half-way
     except RuntimeError:
-        raise ValueError(f"{folder} needs {total / 1e9:.1f} GB, and {device} does not have them: "
+        raise ValueError(f"{folder} needs {needed / 1e9:.1f} GB, and {device} does not have them: "
                          "use a smaller dtype, or another device") from None
     begin, done = time.perf_counter(), 0
 
