@@ -1151,7 +1151,7 @@ def paged_inputs(lens: list[tuple[int, int]], H: int, K: int, D: int, S: int, dt
     k, v = (torch.randn(K, sum(need), S, D, device=device, dtype=dtype) for _ in "kv")
     if not int8:
         return q, k, v, batch, D ** -0.5, window
-    (k, k_scale), (v, v_scale) = map(kernels.quantize, (k, v))
+    (k, k_scale), (v, v_scale) = map(kernels.quantize_kv, (k, v))
     return q, k, v, batch, D ** -0.5, window, k_scale, v_scale
 
 

@@ -35,7 +35,7 @@ def mixture(x_TE: Tensor, w: dict[str, list], l: int, e: Experts, activation: Ca
     ranks share the model, each has some of the experts, and a slice of what all tokens share."""
     router = w["router"][l]
     logits_TX = F.linear(x_TE.to(router.weight.dtype), router.weight).float()
-    weight_TC, expert_TC = choose(logits_TX, router.bias, e)
+    weight_TC, expert_TC = choose_experts(logits_TX, router.bias, e)
     order_R, starts_X = sort_visits(expert_TC, e.X)
     mine = router.slice.piece(e.X) if router.slice else slice(0, e.X)
     starts_X = starts_X[mine.start:mine.stop + 1]
@@ -49,7 +49,7 @@ def mixture(x_TE: Tensor, w: dict[str, list], l: int, e: Experts, activation: Ca
     return router.slice.join(y_TE) if router.slice else y_TE
 
 
-def choose(logits_TX: Tensor, correction_X: Tensor | None, e: Experts) -> tuple[Tensor, Tensor]:
+def choose_experts(logits_TX: Tensor, correction_X: Tensor | None, e: Experts) -> tuple[Tensor, Tensor]:
     """The weights of each token's experts, float32 [T, C], and which they are, [T, C]: those of the best scores, and
     among equals the first.
 

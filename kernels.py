@@ -28,7 +28,7 @@ memory. Token t of a request lives in slot block_table[t // S] * S + t % S. "The
 to run its token 2 (" sat", 479), is Chunk([479], start=2, blocks=[3, 4]): a decode. It writes K and V to
 slot 4 * 2 + 0 = 8 and reads slots 6, 7 and 8.
 
-A pool of int8 holds a row of D numbers as bytes and one float32 scale, largest / 127 (`quantize`). Its scales go
+A pool of int8 holds a row of D numbers as bytes and one float32 scale, largest / 127 (`quantize_kv`). Its scales go
 along as k_scale_KNS and v_scale_KNS; without them k and v are as the model computed them. Nothing is widened in
 memory: q . (scale * k) = scale * (q . k), so the scale of a key multiplies its score, and that of a value its weight.
 """
@@ -92,12 +92,12 @@ def write_kv_torch(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor,
     both = (k_TKD, k_KNSD, k_scale_KNS), (v_TKD, v_KNSD, v_scale_KNS)
     for x_TKD, pool_KNSD, scale_KNS in both[:1] if v_TKD is None else both:
         if scale_KNS is not None:
-            x_TKD, scale_TK = quantize(x_TKD)
+            x_TKD, scale_TK = quantize_kv(x_TKD)
             scale_KNS.flatten(1)[:, slots_T] = scale_TK.T
         pool_KNSD.flatten(1, 2)[:, slots_T] = x_TKD.transpose(0, 1)
 
 
-def quantize(x_TKD: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_kv(x_TKD: Tensor) -> tuple[Tensor, Tensor]:
     """int8 [T, K, D] and float32 scales [T, K]: x is about byte * scale, with the scale largest |x| / 127 of its row.
 
     A row depends on no other, so what a token leaves behind does not depend on who is in its batch. A row of zeros has
@@ -465,7 +465,7 @@ def _decode_kernel(q_ptr, out_ptr, o_ptr, m_ptr, l_ptr, arrived_ptr, k_ptr, v_pt
 
 @jit
 def _quantize(x_KD, live_KD, scale_ptr_K1, live_K1):
-    """The bytes that `quantize` makes of a token's K or V; it stores the scales."""
+    """The bytes that `quantize_kv` makes of a token's K or V; it stores the scales."""
     x_KD = tl.where(live_KD, x_KD.to(tl.float32), 0.0)
     most_K1 = tl.max(tl.where(x_KD == x_KD, tl.abs(x_KD), float("inf")), 1, keep_dims=True)   # tl.max skips NaN
     scale_K1 = tl.where(most_K1 < float("inf"), tl.div_rn(most_K1, 127.0), float("nan"))

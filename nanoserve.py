@@ -194,7 +194,7 @@ class Scheduler:
                 return False
         return True
 
-    def make_room(self, request: Request, drafts: int) -> int:
+    def grow_for_drafts(self, request: Request, drafts: int) -> int:
         """Slots for so many drafts behind the request's last token, or for as many as the pool has: nobody is preempted
         for a guess. The blocks stay the request's, which will write real tokens there."""
         while not self.pool.grow(request.table, len(request.tokens) + drafts):

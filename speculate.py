@@ -111,7 +111,7 @@ class Speculator:
             return
         for b, request in enumerate(requests):
             if counts[b]:
-                counts[b] = scheduler.make_room(request, min(counts[b], budget))
+                counts[b] = scheduler.grow_for_drafts(request, min(counts[b], budget))
                 budget -= counts[b]
         for (request, chunk), drafts in zip(decodes, self.drafter.guess(requests, counts)):
             if drafts:

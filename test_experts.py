@@ -23,7 +23,7 @@ import experts
 import linear
 import roofline
 from config import Experts, Fields
-from experts import choose, mixture, sort_visits
+from experts import choose_experts, mixture, sort_visits
 from linear import Part, linear_experts, linear_experts_triton, pack_experts
 from nanoserve import LLM, SamplingParams
 from reference import (DEEPSEEK_V2_MOE, DEEPSEEK_V3_MOE, EXPERTS, MIXTRAL, QWEN3_MOE, NEW, as_int8, compressed_tensors, dequantised,
@@ -43,7 +43,7 @@ NONE = Experts(layers={0}, X=1, C=1, I=8, names=("mlp", "gate_proj", "up_proj", 
 def test_a_token_chooses_the_experts_of_the_best_scores_and_among_equals_the_first(data, tokens, X, normalised):
     C = data.draw(st.integers(1, X))
     logits = [[data.draw(st.integers(-3, 3)) for _ in range(X)] for _ in range(tokens)]   # with many ties
-    weight_TC, expert_TC = choose(torch.tensor(logits).float(), None, replace(NONE, X=X, C=C, normalised=normalised))
+    weight_TC, expert_TC = choose_experts(torch.tensor(logits).float(), None, replace(NONE, X=X, C=C, normalised=normalised))
     assert weight_TC.dtype == torch.float32
     for row, weights, chosen in zip(logits, weight_TC.tolist(), expert_TC.tolist()):
         assert chosen == sorted(range(X), key=lambda x: (-row[x], x))[:C]
@@ -68,7 +68,7 @@ def test_a_token_chooses_groups_first_and_corrections_are_in_no_weight(data, v3,
     rng = np.random.default_rng(seed)
     logits, corrections = rng.normal(0, 2, (5, e.X)), rng.normal(0, 0.5, e.X) if v3 else None
     correction_X = torch.tensor(corrections).float() if v3 else None
-    weight_TC, expert_TC = choose(torch.tensor(logits).float(), correction_X, e)
+    weight_TC, expert_TC = choose_experts(torch.tensor(logits).float(), correction_X, e)
     for row, weights, chosen in zip(logits, weight_TC.tolist(), expert_TC.tolist()):
         expected = plain_choice(said, row.tolist(), corrections.tolist() if v3 else None)
         assert dict(zip(chosen, weights)) == pytest.approx(expected, rel=1e-4, abs=1e-7)
@@ -77,18 +77,18 @@ def test_a_token_chooses_groups_first_and_corrections_are_in_no_weight(data, v3,
 def test_of_equal_groups_and_equal_experts_the_first_are_chosen():
     for v3 in (False, True):
         _, e = deepseek({}, v3)
-        _, expert_TC = choose(torch.zeros(1, e.X), torch.zeros(e.X) if v3 else None, e)
+        _, expert_TC = choose_experts(torch.zeros(1, e.X), torch.zeros(e.X) if v3 else None, e)
         assert expert_TC.tolist() == [[0, 1, 2]]
         logits = torch.tensor([[0, 0, 0, 5, 5, 0, 5, 5, 0, 5, 5, 0]]).float()   # three equal groups, of which two are chosen
-        assert choose(logits, torch.zeros(e.X) if v3 else None, e)[1].tolist() == [[3, 4, 6]]
+        assert choose_experts(logits, torch.zeros(e.X) if v3 else None, e)[1].tolist() == [[3, 4, 6]]
 
 
 def test_a_group_is_as_good_as_its_best_expert_or_its_two_best():
     logits = torch.tensor([[9.0, -9, -9, 4, 4, -9, 3, 3, 3, -9, -9, -9]])
     _, v2 = deepseek(dict(topk_group=1), False)
-    assert choose(logits, None, v2)[1].tolist() == [[0, 1, 2]]
+    assert choose_experts(logits, None, v2)[1].tolist() == [[0, 1, 2]]
     _, v3 = deepseek(dict(topk_group=1), True)
-    assert choose(logits, torch.zeros(12), v3)[1].tolist() == [[3, 4, 5]]
+    assert choose_experts(logits, torch.zeros(12), v3)[1].tolist() == [[3, 4, 5]]
 
 
 visits = st.integers(1, 9).flatmap(lambda X: st.tuples(st.just(X), st.integers(1, 4).flatmap(

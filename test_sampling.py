@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import kernels   # it chooses Triton's interpreter where there is no GPU
 import sampling
 from sampling import (BLOCK, SamplingParams, choose, describe, exponentials, guess_floors, log_probabilities, noise_key,
-                      sample, stream)
+                      sample, noise_start)
 
 HERE = Path(__file__).parent
 HAS_TRITON = kernels.load_triton() is not None
@@ -117,7 +117,7 @@ def test_a_token_wins_exactly_when_its_time_is_the_shortest(V, rare):
     """Down to probabilities of 1e-9: the weight that a token needs to win is known to 5 digits."""
     params, common = SamplingParams(temperature=1.0), 5 if rare // BLOCK else V - 1
     for position in range(40):
-        times = exponentials(torch.tensor([stream(1, position)]), 0, BLOCK + 5)[0].tolist()
+        times = exponentials(torch.tensor([noise_start(1, position)]), 0, BLOCK + 5)[0].tolist()
         # Two tokens, in two blocks or in one. What is rarer than this pair of numbers is made rarer by the other block.
         a, b = ((BLOCK + rare // BLOCK, BLOCK + common // BLOCK) if V > BLOCK else (rare, common))
         needed = times[a] / times[b]
@@ -130,7 +130,7 @@ def test_a_token_wins_exactly_when_its_time_is_the_shortest(V, rare):
 
 def test_exponential_numbers_have_52_random_bits():
     """All of them, or tokens of probability 1e-9 would be too frequent or never come."""
-    start = torch.tensor([stream(1, position) for position in range(2000)])
+    start = torch.tensor([noise_start(1, position) for position in range(2000)])
     uniform = -torch.expm1(-exponentials(start, 0, 100)).flatten()
     assert 0 < uniform.min() and uniform.max() < 1 and exponentials(start, 0, 100).max() < 40
     for bits in (0, 8, 16, 24, 32, 40):   # the digits of the number behind these bits
@@ -157,7 +157,7 @@ def test_the_smallest_random_number_is_above_0_and_the_largest_is_finite():
 
 def test_numbers_are_independent_along_every_input():
     """Consecutive keys, positions, draws and token ids. 131,072 numbers: a correlation of 0.014 would be seen."""
-    start = torch.tensor([[stream(key, position) for position in range(16)] for key in range(16)])
+    start = torch.tensor([[noise_start(key, position) for position in range(16)] for key in range(16)])
     numbers = torch.stack([exponentials(start.flatten(), draw, 64) for draw in range(8)]).view(8, 16, 16, 64)
     assert len(numbers.unique()) == numbers.numel()
     for axis in range(4):   # draws, keys, positions, token ids
