@@ -94,6 +94,11 @@ class Config:
         return (self.H, self.H, max(m.plain + m.rotary, m.value)) if m else (self.H, self.K, self.D)
 
 
+def kv_bytes(c: Config, itemsize: int, kv_cache_dtype: str = "auto") -> int:
+    """Bytes of K and V per token of context, or of the latents; in INT8 with a scale of 4 bytes per head."""
+    return (1 if c.latent else 2) * c.L * c.K * (c.D + 4 if kv_cache_dtype == "int8" else c.D * itemsize)
+
+
 def read_json(path: Path, optional: bool = False) -> dict:
     """The object in a file; {} where the file is optional and absent. Raises ValueError naming the file."""
     if optional and not path.is_file():

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batch import Batch, Chunk, Graphs, make_batch
-from config import Config
+from config import Config, kv_bytes
 from device import memory_for_pool, single_thread
 from experts import mixture
 from kernels import ATTENTION, WRITE_KV
@@ -184,10 +184,8 @@ def make_pool(kind: type[KVPool], c: Config, draft: Config | None, dtype: torch.
     """A pool for a model: of so many blocks, or with room for max_seqs full contexts, or for as much of them as memory
     allows. dtype: of K and V. draft: of a draft model, whose K and V lie in blocks of their own with the same numbers.
     processes: how many share the device's memory. Raises ValueError for what does not fit."""
-    int8, full, block_bytes = dtype == torch.int8, -(-c.context // block_size), 0
-    for m in (c, draft) if draft else (c,):
-        row_bytes = m.D + 4 if int8 else m.D * dtype.itemsize   # K or V of a token and head; in INT8 with its scale
-        block_bytes += (1 if m.latent else 2) * m.L * m.K * block_size * row_bytes
+    full, stored = -(-c.context // block_size), "int8" if dtype == torch.int8 else "auto"
+    block_bytes = block_size * sum(kv_bytes(m, dtype.itemsize, stored) for m in (c, draft) if m)
     most, share = (memory // processes for memory in memory_for_pool(device))
     if num_blocks is None:
         num_blocks = max(1, min(full * max_seqs, share // block_bytes))

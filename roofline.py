@@ -41,7 +41,7 @@ from typing import NamedTuple
 
 import torch
 
-from config import Config, Experts, read_config
+from config import Config, Experts, kv_bytes, read_config
 from latent import widening_pays
 from linear import DTYPES, QUANTIZATIONS, Part, linear, pack, quantize
 
@@ -144,11 +144,6 @@ def weight_bytes(c: Config, itemsize: int, eight_bits: bool = False, head: bool 
     _, outputs, widen = attention_weights(c)
     rows, floats = rows + c.L * outputs + c.V * head, routers + c.L * widen
     return numbers - floats + 4 * rows + floats * itemsize if eight_bits else numbers * itemsize
-
-
-def kv_bytes(c: Config, itemsize: int, kv_cache_dtype: str = "auto") -> int:
-    """Bytes of K and V per token of context, or of the latents; in INT8 with a scale of 4 bytes per head."""
-    return (1 if c.latent else 2) * c.L * c.K * (c.D + 4 if kv_cache_dtype == "int8" else c.D * itemsize)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -338,7 +338,7 @@ def test_batch_prints_rates_the_roofline_and_where_it_turns(monkeypatch, demo):
 def test_cache_adds_up_what_a_text_costs_with_and_without(monkeypatch):
     monkeypatch.setattr(bench, "decode_seconds", lambda llm, B, T: 0.001 + B - 1)
     monkeypatch.setattr(bench, "prefill_seconds", lambda llm, B, T: T / 1000 + B - 1)
-    rows, cached, again = table("cache"), 0.0, 0.0
+    rows, again = table("cache"), 0.0
     assert list(rows) == [32, 64, 128, 256, 512, 960]
     for T, before in zip(rows, [0, *rows]):   # the first tokens cost what the 32nd does, then it rises evenly
         again += sum(max(32.0, t + 0.5) for t in range(before, T)) / 1000
