@@ -293,7 +293,7 @@ class DraftModel:
     def guess(self, requests: list, counts: list[int]) -> list[list[int]]:
         """Up to so many drafts for each request: one pass for what the draft has not seen yet and the first draft, then
         a pass for each further one."""
-        begin, S, budget, writing = time.perf_counter(), self.pool.block_size, self.max_batched_tokens, set()
+        S, budget, writing = self.pool.block_size, self.max_batched_tokens, set()
         drafts, chunks = {request: [] for request in requests}, []
         for request, count in zip(requests, counts):
             table = request.table
@@ -310,11 +310,12 @@ class DraftModel:
                 budget -= len(tokens)
         wanted = dict(zip(requests, counts))
         while chunks:
+            begin = time.perf_counter()
             again = [request for request in self.run(chunks, drafts) if len(drafts[request]) < wanted[request]]
+            if all(len(chunk.tokens) <= 2 for _, chunk in chunks):   # what else is run is to catch up, once
+                self.seconds.add(len(chunks), time.perf_counter() - begin)
             chunks = [(request, Chunk(drafts[request][-1:], self.reached[request], request.table.blocks,
                                       row=request.table.row)) for request in again]
-        if deepest := max(map(len, drafts.values())):
-            self.seconds.add(len(requests), (time.perf_counter() - begin) / deepest)
         return list(drafts.values())
 
     def run(self, chunks: list[tuple], drafts: dict) -> list:
