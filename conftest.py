@@ -2,6 +2,9 @@
 
 import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # for the fixture `poisoned`, on a GPU
 import pytest
@@ -21,6 +24,36 @@ settings.load_profile("nanoserve")
 def pytest_addoption(parser):
     parser.addoption("--soak-minutes", type=float, default=0.05, help="for -k soak (default: 3 seconds)")
     parser.addoption("--poison", action="store_true", help="fill all memory that nobody wrote with NaN, in every test")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "compiles(program): compiles kernels for GPUs that are not here")
+
+
+COMPILING = {}   # test -> its program
+
+
+def pytest_collection_finish(session):
+    """Programs that compile kernels begin at once, on the core that tests leave idle."""
+    for item in session.items:
+        mark = item.get_closest_marker("compiles")
+        if mark and not session.config.option.collectonly and not any(skip.args[0] for skip in item.iter_markers("skipif")):
+            COMPILING[item.nodeid] = subprocess.Popen(
+                ["nice", sys.executable, "-c", mark.args[0]], cwd=Path(__file__).parent, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
+
+
+def pytest_sessionfinish():
+    for program in COMPILING.values():
+        program.kill()
+
+
+@pytest.fixture
+def compiled(request) -> str:
+    """What the test's program has printed."""
+    out, err = COMPILING[request.node.nodeid].communicate()
+    assert COMPILING[request.node.nodeid].returncode == 0, err
+    return out
 
 
 @pytest.fixture

@@ -8,8 +8,6 @@ import itertools
 import json
 import re
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
 from functools import partial
@@ -781,14 +779,12 @@ def test_speed_beside_another_system_is_theirs_over_ours_in_time(monkeypatch):
 
 
 @pytest.mark.skipif(kernels.load_triton() is None or torch.cuda.is_available(), reason="no Triton here, or a GPU")
-def test_compiled_kernels_are_those_in_the_results():
+@pytest.mark.compiles("""
+import bench, json
+print(json.dumps([bench.kernels.load_triton().__version__, [list(map(str, row)) for row in bench.compiled_rows((90,))]]))""")
+def test_compiled_kernels_are_those_in_the_results(compiled):
     """Compiled for one of the GPUs, as that takes a while; `python bench.py kernels` compiles for all."""
-    code = """
-import os; import bench, json; os.environ["TRITON_INTERPRET"] = "0"
-print(json.dumps([bench.kernels.load_triton().__version__, [list(map(str, row)) for row in bench.compiled_rows((90,))]]))"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    version, rows = json.loads(done.stdout)
+    version, rows = json.loads(compiled)
     _, recorded_versions, *recorded = (HERE / "results/kernels-compiled.txt").read_text().splitlines()
     if version == recorded_versions.split("Triton ")[1]:
         assert rows == [re.split(r"\s{2,}", line.strip()) for line in recorded if " sm_90 " in line]

@@ -1,6 +1,5 @@
 """How we know that products are right, and that threads and types are chosen by reason. (Read beside linear.py, device.py.)"""
 
-import os
 import re
 import subprocess
 import sys
@@ -555,8 +554,7 @@ def test_a_graph_replays_8_bit_products(dtype, rows):
 
 
 @pytest.mark.skipif(not HAS_TRITON or sys.platform != "linux", reason="compiles for NVIDIA's GPUs")
-def test_8_bit_products_compile_without_spills():
-    code = """
+@pytest.mark.compiles("""
 import bench, kernels
 kernels.load_triton()
 found = []
@@ -567,7 +565,6 @@ found += bench.compile_launches(lambda: bench.launch_products("int8", 64, 64, by
 assert {c["kernel"] for c in found} == {"quantize_rows", "product", "scale"}
 for c in found:
     assert c["spills"] == 0 and c["programs"] >= 1, c
-    assert (c["units"] == "-") == (c["kernel"] != "product"), c"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=os.environ | {"TRITON_INTERPRET": "0"},
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert (c["units"] == "-") == (c["kernel"] != "product"), c""")
+def test_8_bit_products_compile_without_spills(compiled):
+    """The program checks it."""

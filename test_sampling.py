@@ -9,8 +9,6 @@ seldom right code would fail it with other keys.
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -486,18 +484,16 @@ def test_a_row_whose_largest_logit_is_not_finite_has_no_token(choose_tokens):
 
 
 @pytest.mark.skipif(not HAS_TRITON or sys.platform != "linux", reason="compiles for NVIDIA's GPUs")
-def test_the_kernel_compiles_without_spills():
-    code = """
+@pytest.mark.compiles("""
 import bench, kernels, sampling, torch
 kernels.load_triton()
 params = [sampling.SamplingParams(temperature=0.8, top_k=50, top_p=0.9)] * 2
 for sm in (80, 90, 100):
     logits = torch.zeros(2, 50_257, dtype=torch.bfloat16)
     (c,) = bench.compile_launches(lambda: sampling.sample_triton(logits, params, [1, 2], [3, 4]), sm)
-    assert c["spills"] == 0, c"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=os.environ | {"TRITON_INTERPRET": "0"},
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert c["spills"] == 0, c""")
+def test_the_kernel_compiles_without_spills(compiled):
+    """The program checks it."""
 
 
 # ---------------------------------------------------------------------------------------------
