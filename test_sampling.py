@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +23,6 @@ import sampling
 from sampling import (BLOCK, SamplingParams, choose, describe, exponentials, guess_floors, log_probabilities, noise_key,
                       sample, noise_start)
 
-HERE = Path(__file__).parent
 HAS_TRITON = kernels.load_triton() is not None
 SIGMAS = 5   # right code is farther off once in 1.7 million keys
 settings.register_profile("sampling", deadline=None, derandomize=True, print_blob=True)
