@@ -175,6 +175,6 @@ def record(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     step()   # compiles the kernels and makes their tables, outside of the recording
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):   # other threads may copy (distributed.py)
         result = step()
     return graph.replay, result

@@ -1,14 +1,18 @@
 """Prefill and decode in different processes: cut the work. (Read nanoserve.py and paged_kv.py first.)
 
 A prompt is bound by compute and a decode by memory (roofline.py), and in one loop they wait for each other: a step with
-a thousand prompt tokens makes everybody's next token late. Chunks shorten that wait; two processes, each on a device of
-its own, end it (DistServe, Zhong et al. 2024; Splitwise, Patel et al. 2024). A request's way:
+a thousand prompt tokens makes everybody's next token late. Chunks shorten that wait. Two processes, each on a device of
+its own, leave one, before the second token: then the request moves (DistServe, Zhong et al. 2024; Splitwise, Patel et
+al. 2024). The front gives it to a worker as a run, and messages take the run from state to state:
 
-    front             add --> job                                                                  tokens --> text
-                               |                                                                     ^
-    prefill worker             +--> its prompt is computed, a first token, set aside                 |
-                                              K and V of its blocks |                                |
-    decode worker                     a prefix found, room reserved +--> it runs here from now on ---+
+    a run is     after           where
+    waiting      compute         in the queue of a prefill worker
+    running      -               its prompt is computed there, up to a first token
+    set aside    grown           it stays in its blocks (and runs on, after `keep`, if no decode worker is left)
+    offered      offer           in the queue of a decode worker, too
+    taken        taken           blocks are reserved there; `hand_over` says which K and V it wants
+    sent         sent, came      from thread to thread; the prefill worker forgets it
+    running      arrived         there, with a `grown` per step, until it ends, or is `lost` and begins again
 
 Who goes on with a request elsewhere needs its tokens, its parameters and its blocks. Nothing else: a token is a pure
 function of logits, key and position (sampling.py), so there is no generator whose state would have to follow.
@@ -16,16 +20,19 @@ function of logits, key and position (sampling.py), so there is no generator who
 What moves. The decode worker looks up what it has by prefix, reserves blocks under the rule by which anybody is
 admitted, and says from which block on it wants K and V. They go from pool to pool, past the front, in one message per
 tensor of `pool.memory`: a block is in as many pieces as there are layers and heads, so they are gathered. (From and to
-a GPU they go through host memory.) Threads send and receive, and both loops go on. A full decode pool takes nobody:
-then finished prompts wait on the prefill side, in their blocks. A prompt that begins like one that is on its way waits
-for that one, and finds it. Who is preempted on the decode side is computed again there.
+a GPU they go through host memory.) Full blocks of a prompt with n continuations are sent once. A draft model's K and V
+do not travel: it reads the prompt again. A full decode pool takes nobody: then finished prompts wait on the prefill
+side, in their blocks. A prompt that begins like one that is on its way waits for that one, and finds it; so does
+everyone behind it. Who is preempted on the decode side is computed again there.
 
 Who dies. A process can be killed at any moment. The front, which has no model, keeps each request with the tokens that
 it has shown. It sees the end of a worker's pipe, and has everything in which that worker had a part run again by those
 who are left, prompt and shown tokens together, as if it had been preempted: the tokens are the same, and none is shown
 twice. Every worker is a whole LLM, so where nobody of a role is left the others do its work. Each run has a number, and
-what is said of a number that has ended is not heard. Each pair of workers has a gloo group of its own, which breaks
-alone. And when the front is dead, its workers see the end of their pipes and end at once, also in the middle of a step.
+what is said of a number that has ended is not heard. A prefill worker has a gloo group with each decode worker, which
+breaks alone. When the front is dead, its workers see the end of their pipes and end at once, also in the middle of a
+step. A process that stands still (SIGSTOP, or it swaps) is not dead: it is waited for, until Ctrl-C. Who makes workers
+die is found out (`_again`).
 """
 
 from __future__ import annotations
@@ -44,10 +51,10 @@ import sys
 import threading
 import time
 from bisect import insort
-from collections import deque
-from contextlib import suppress
+from collections import Counter, deque
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
@@ -63,6 +70,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from config import Config, read_config
 from linear import fastest_dtype
 from nanoserve import LLM, Output, Request
+from parallel import FOREVER
 from sampling import SamplingParams, describe, is_int
 from tokenizer import load_tokenizer
 
@@ -97,8 +105,8 @@ class Worker:
         self.llm, self.tell, self.links = llm, tell, links
         self.told: dict[int, int] = {}          # run -> tokens that the front knows
         self.leaving: set[int] = set()          # who is set aside after its next token
-        self.offers: deque[tuple[int, int]] = deque()   # (run, worker who has it), in order of arrival
-        self.moving: dict[int, int] = {}        # run -> worker to or from whom its blocks are sent now
+        self.offers: deque[tuple[int, int]] = deque()   # (run, the worker that has it), in order of arrival
+        self.transfers: dict[int, int] = {}     # run -> worker to or from which its blocks are sent now
         self.doomed: set[int] = set()           # of these, who was aborted: the blocks are in use until they are sent
         self.sent_bytes, self.sent_seconds = 0, 0.0
 
@@ -110,7 +118,7 @@ class Worker:
             told, aside = self.told[out.id], out.id in self.leaving and not out.finish_reason
             if aside:
                 self.llm.scheduler.running.remove(self.llm.requests[out.id])
-                self.llm.scheduler.moving.append(self.llm.requests[out.id])
+                self.llm.scheduler.aside.append(self.llm.requests[out.id])
             self.leaving.discard(out.id)
             grown.append((out.id, out.token_ids[told:], out.logprobs and out.logprobs[told:], counts_of(out), out.error,
                           aside))
@@ -123,11 +131,13 @@ class Worker:
 
     # --- from the front
 
-    def run(self, job: Job, leave: bool):
-        """Compute a prompt. leave: up to its next token, and then another worker goes on."""
+    def compute(self, job: Job, leave: bool):
+        """Run a prompt. leave: up to its next token, and then another worker goes on."""
         if siblings := self._requests(job):
             self.llm.scheduler.waiting.append(siblings[0])
-            self.llm.scheduler.usage = 0.0 if leave else 1.0   # who leaves needs nothing of its allowance here
+            # 0: who leaves after one token needs no room for an answer; 1: who stays may need all of it. On a decode
+            # worker, which prompts reach when no prefill worker is left, this replaces what it has learned.
+            self.llm.scheduler.usage = 0.0 if leave else 1.0
             self.leaving |= {request.output.id for request in siblings if leave}
 
     def keep(self, number: int):
@@ -142,38 +152,38 @@ class Worker:
             self.offers.append((job.number, source))
 
     def hand_over(self, number: int, target: int, skip: int):
-        """Send the blocks of a request that was set aside, all but so many. If it is not here any more, say so, as
-        somebody waits for them."""
+        """Send the blocks of a request that was set aside, all but so many. If it has gone, tell the other side, which
+        waits for it."""
         blocks, link = None, self.links[target]
         if number in self.told:
-            request, self.moving[number] = self.llm.requests[number], target
+            request, self.transfers[number] = self.llm.requests[number], target
             blocks = request.table.blocks[skip:self.llm.pool.blocks_for(request.computed)]
         link.send(number, blocks)
         if link.broken:   # and nobody listens
             self.broken(target)
 
     def abort(self, number: int):
-        if number in self.moving:
+        if number in self.transfers:
             self.doomed.add(number)
         elif number in self.told:
-            self._drop(number)
+            self._forget(number)
 
     def stats(self):
-        self.tell("stats", self.llm.stats() | dict(sent_bytes=self.sent_bytes, sent_seconds=self.sent_seconds))
+        self.tell("answer", self.llm.stats() | dict(sent_bytes=self.sent_bytes, sent_seconds=self.sent_seconds))
 
     # --- from the links
 
     def sent(self, number: int):
         """The other side has it now."""
-        if self.moving.pop(number, None) is not None:
-            self._drop(number)
+        if self.transfers.pop(number, None) is not None:
+            self._forget(number)
 
     def came(self, number: int, there: bool, size: int, seconds: float):
         """The answer to `hand_over`: K and V are in the blocks, or the other side has none."""
-        del self.moving[number]
+        del self.transfers[number]
         self.sent_bytes, self.sent_seconds = self.sent_bytes + size, self.sent_seconds + seconds
         if number in self.doomed or not there:
-            self._drop(number)
+            self._forget(number)
         else:
             self._go_on(self.llm.requests[number])
             self.tell("arrived", number)
@@ -181,7 +191,7 @@ class Worker:
     def broken(self, peer: int):
         """The link has broken: what was on its way is lost."""
         self.links[peer].broken = True
-        for number in [number for number, other in self.moving.items() if other == peer]:
+        for number in [number for number, other in self.transfers.items() if other == peer]:
             self._lose(number)
 
     # --- inside
@@ -197,21 +207,22 @@ class Worker:
                 continue
             computed, table = len(request.tokens) - 1, request.table
             names = pool.names(table, request.tokens, computed)
-            coming = {name for n in self.moving for name in self.llm.requests[n].table.digests}
+            coming = {name for n in self.transfers for name in self.llm.requests[n].table.digests}
             if pool.prefix_cache and any(name in coming and name not in pool.index for name in names):
-                return
+                return   # a block of it is on its way: wait, and find it in the index
             if not scheduler.find_room(request):
                 return
             self.offers.popleft()
-            scheduler.moving.append(request)
+            scheduler.aside.append(request)
             scheduler.reused_tokens += request.computed
-            self.moving[number], skip = source, pool.blocks_for(request.computed)
+            self.transfers[number], skip = source, pool.blocks_for(request.computed)
             self.links[source].blocks[number] = table.blocks[skip:pool.blocks_for(computed)]
             self.tell("taken", number, source, skip)
 
     def _requests(self, job: Job) -> list[Request]:
         """The job's requests as they are known here; none if their parameters cannot be read."""
         numbers = range(job.number, job.number + len(job.keys))
+        self.tell("at", *numbers)
         try:
             params = pickle.loads(job.params)
         except Exception as error:   # a stranger's function
@@ -222,6 +233,8 @@ class Worker:
         siblings = self.llm.siblings(job.prompt, params, job.keys)
         self.told |= dict.fromkeys(numbers, len(job.new))
         for request in siblings:
+            if stranger := params.logits_processor:
+                request.params = replace(params, logits_processor=partial(self._call, request.output.id, stranger))
             request.max_length = job.max_length
             vars(request.output).update(job.counts)
             for token in job.new:
@@ -230,25 +243,29 @@ class Worker:
                 request.output.logprobs = [{}] * len(job.new)   # the front has them
         return siblings
 
+    def _call(self, number: int, stranger, *arguments):
+        self.tell("at", number)   # it can end this process: then the front knows whose it is
+        return stranger(*arguments)
+
     def _go_on(self, request: Request):
         """It runs here from now on, in the order of arrival: K and V of all its tokens but the last are here."""
         scheduler = self.llm.scheduler
-        scheduler.moving.remove(request)
+        scheduler.aside.remove(request)
         request.computed, request.admitted = len(request.tokens) - 1, True
         scheduler.pool.commit(request.table, request.tokens, request.computed)
         insort(scheduler.running, request, key=lambda r: r.output.id)
 
     def _lose(self, number: int):
-        self._drop(number)
+        self._forget(number)
         self.tell("lost", number)
 
-    def _drop(self, number: int):
+    def _forget(self, number: int):
         """Whoever is to go on with this request, it is not this worker."""
         self.llm.requests[number].output.finish_reason = "abort"
         self.llm._drop(self.llm.requests[number])
         self.offers = deque(offer for offer in self.offers if offer[0] != number)
         del self.told[number]
-        self.moving.pop(number, None)
+        self.transfers.pop(number, None)
         self.leaving.discard(number)
         self.doomed.discard(number)
 
@@ -262,7 +279,7 @@ class Link:
         self.pool, self.inbox, self.peer = pool, inbox, peer
         self.orders, self.blocks, self.broken = SimpleQueue(), {}, False   # blocks: run -> where its K and V go
         options = ProcessGroupGloo._Options()
-        options._devices, options._timeout = [ProcessGroupGloo.create_device("127.0.0.1")], timedelta(days=20)
+        options._devices, options._timeout = [ProcessGroupGloo.create_device("127.0.0.1")], FOREVER
         store = PrefixStore(name, TCPStore("127.0.0.1", port, is_master=False))
         self.group = ProcessGroupGloo(store, int(sends), 2, options)
         threading.Thread(target=self._work, args=(self._send if sends else self._receive,), daemon=True).start()
@@ -275,7 +292,8 @@ class Link:
         try:
             while True:
                 task()
-        except RuntimeError:   # the peer is dead
+        except Exception:        # the peer is dead, or a tensor found no memory here
+            self.group = None    # this breaks the connection, so the other end notices, too
             self.inbox.put(("broken", self.peer))
 
     def _send(self):
@@ -316,8 +334,11 @@ def work(descriptor: int):
         try:
             while True:
                 inbox.put(connection.recv())
-        finally:   # the pipe has ended
+        except (EOFError, OSError):   # the pipe has ended
             os._exit(0)
+        except BaseException as error:
+            print(f"a message to a worker process cannot be read ({describe(error)})", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def tell(*message):
         with suppress(OSError):   # `listen` knows
@@ -326,9 +347,9 @@ def work(descriptor: int):
     try:
         model, options = inbox.get()
         llm = LLM(model, **options)
-        tell("ready", llm.pool.num_blocks, llm.pool.block_size, llm.scheduler.max_seqs)
+        tell("answer", llm.pool.num_blocks, llm.pool.block_size, llm.scheduler.max_seqs)
         worker = Worker(llm, tell, {peer: Link(llm.pool, inbox, peer, *more) for peer, *more in inbox.get()})
-        tell("linked")
+        tell("answer")
         idle = True
         while True:
             while idle or not inbox.empty():
@@ -351,6 +372,9 @@ class Process:
     role: str          # "prefill" | "decode"
     alive: bool = True
     end: str = ""      # why it has ended
+    error: Exception | None = None
+    at: int = -1       # the run that it has begun something with last: a prompt, or a call of a logits_processor
+    process: subprocess.Popen | None = None
 
     def start(self, threads: int):
         ours, theirs = socket.socketpair()
@@ -360,22 +384,31 @@ class Process:
             [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
             start_new_session=True, env=os.environ | environment)
         theirs.close()
+        self.outbox = SimpleQueue()
+        threading.Thread(target=self._post, daemon=True).start()
 
     def tell(self, *message):
-        with suppress(OSError):   # it is dead, as its pipe will say
-            self.connection.send(message)
+        self.outbox.put(pickle.dumps(message))
 
-    def close(self):
-        self.connection.close()
+    def _post(self):
+        """In a thread: a worker that stands still and reads nothing holds up nobody else, and no Ctrl-C."""
+        with suppress(OSError):   # it is dead, as its pipe will say
+            for message in iter(self.outbox.get, None):
+                self.connection.send_bytes(message)
+
+    def close(self, why: str = ""):
         self.process.kill()
         code = self.process.wait()
-        self.alive, self.end = False, self.end or (f"signal {-code}" if code < 0 else f"exit status {code}")
+        self.outbox.put(None)
+        self.connection.close()
+        self.alive = False
+        self.end = self.end or why or (f"signal {-code}" if code < 0 else f"exit status {code}")
 
 
 def close_all(workers: list[Process]):
     for worker in workers:
-        if worker.alive and hasattr(worker, "process"):
-            worker.close()
+        if worker.alive and worker.process:
+            worker.close("closed")
 
 
 @dataclass(eq=False)
@@ -385,14 +418,15 @@ class Run:
     worker: Process
     target: Process | None = None   # who is to go on with it
     begun: bool = False             # it has brought a token
+    tried: bool = False             # its worker has begun something with it that has brought no token yet
 
 
-class Disaggregated(LLM):
+class Disaggregated(LLM, AbstractContextManager):
     """LLM's interface before processes for prompts and processes for decodes.
 
     prefill, decode: how many there are of each. The other options are those of LLM, and hold for each process: each has
-    a pool of num_blocks. On a CPU they share the threads; several GPUs are taken in turn. `close()`, the end of a
-    `with` block or of the program ends the processes. `logits` and watchers want an LLM of this process.
+    a pool of num_blocks. On a CPU they share threads and memory; several GPUs are taken in turn. `close()`, the end of
+    a `with` block or of the program ends the processes. There are no `logits` and no watchers.
     Raises ValueError, in one sentence, for what an LLM refuses.
     """
 
@@ -418,7 +452,8 @@ class Disaggregated(LLM):
         self.runs: dict[int, Run] = {}
         self.numbers: dict[Request, int] = {}     # of each one's run
         self.next_id = self.next_number = 0
-        self.grown, self.stepping, self.doomed, self.watchers = {}, False, [], []
+        self.suspects: set[Request] = set()       # beside whom a worker has ended, until they bring a token
+        self.grown, self.stepping = {}, False
         self.workers = [Process(i, "prefill" if i < prefill else "decode") for i in range(prefill + decode)]
         self.close = finalize(self, close_all, self.workers)
         try:
@@ -430,11 +465,11 @@ class Disaggregated(LLM):
     def _start(self, model: str | Path | Config, device: str, options: dict):
         """Start the processes, let them load the model, and link each prefill worker with each decode worker."""
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        gpus = torch.cuda.device_count() if self.device.type == "cuda" and self.device.index is None else 0
+        options |= dict(dtype=self.dtype, processes=-(-len(self.workers) // max(1, gpus)))   # on a device, at most
         for worker in self.workers:
             worker.start(max(1, torch.get_num_threads() // len(self.workers)))
-            if self.device.type == "cuda" and self.device.index is None:
-                device = f"cuda:{worker.rank % torch.cuda.device_count()}"
-            worker.tell(model, dict(device=device, dtype=self.dtype, **options))
+            worker.tell(model, options | dict(device=f"cuda:{worker.rank % gpus}" if gpus else device))
         sizes, block_sizes, max_seqs = zip(*self._answers())
         self.pool = SimpleNamespace(num_blocks=min(sizes), block_size=block_sizes[0])   # what holds for each of them
         self.scheduler = SimpleNamespace(max_seqs=min(max_seqs))
@@ -443,22 +478,15 @@ class Disaggregated(LLM):
                           for peer in self.workers if peer.role != worker.role))
         self._answers()
 
-    def _answers(self) -> list[list]:
-        """One of each worker, in any order: who waits for a link to a dead one says nothing."""
-        answers = {}
-        while missing := [worker for worker in self.workers if worker not in answers]:
-            ready = wait([worker.connection for worker in missing])
-            for worker in [worker for worker in missing if worker.connection in ready]:
-                try:
-                    name, *answers[worker] = worker.connection.recv()
-                except (EOFError, OSError):
-                    raise RuntimeError(f"the {worker.role} worker ended before it had loaded the model") from None
-                if name == "failed":
-                    raise answers[worker][0]
-        return [answers[worker] for worker in self.workers]
-
-    def __enter__(self) -> Disaggregated:
-        return self
+    def _answers(self, starting: bool = True) -> list:
+        """One of each worker that lives, in any order. starting: each must live, as others wait for a link to it."""
+        self.answers = {}
+        while missing := [worker for worker in self._alive() if worker not in self.answers]:
+            self._hear(wait([worker.connection for worker in missing]))
+            for worker in self.workers if starting else ():
+                if not worker.alive:
+                    raise worker.error or RuntimeError(f"the {worker.role} worker ended before it had loaded the model")
+        return [self.answers[worker] for worker in self._alive()]
 
     def __exit__(self, *error):
         self.close()
@@ -479,25 +507,26 @@ class Disaggregated(LLM):
     def _turn(self):
         """Hand out what waits, and hear what the workers say; wait for it if need be."""
         self._assign()
-        if self.requests:
+        if self.runs:
             self._hear(wait([worker.connection for worker in self._alive()]))   # Ctrl-C may end the waiting
 
     def _drop(self, request: Request):
         del self.requests[request.output.id]
+        self.suspects.discard(request)
         if request in self.numbers:
-            self._end_run(request, request.output.finish_reason == "abort")
+            self._end_run(request)
+
+    def logits(self, prompt: str | list[int]):
+        raise ValueError("Disaggregated has no logits, as the model is in other processes: use LLM")
 
     def stats(self) -> dict[str, int | float]:
         """As LLM's, the sum of all workers; requests that move or wait to; bytes of K and V sent, and the seconds in
         which they travelled."""
-        self.answers = {}
-        asked = self._alive()
-        for worker in asked:
+        for worker in self._alive():
             worker.tell("stats")
-        while missing := [worker for worker in asked if worker.alive and worker not in self.answers]:
-            self._hear(wait([worker.connection for worker in missing]))
+        answers = self._answers(starting=False)
         total = dict(moving=sum(run.target is not None for run in self.runs.values()))
-        for answer in self.answers.values():
+        for answer, in answers:
             total |= {name: total.get(name, 0) + number for name, number in answer.items()}
         return total
 
@@ -508,44 +537,63 @@ class Disaggregated(LLM):
 
     @uninterrupted
     def _assign(self):
+        for worker in self.workers:
+            if not worker.alive:
+                self._again(worker)
         waiting, self.waiting = self.waiting, []
         for siblings in waiting:
-            if not siblings[0].output.finish_reason:   # else it was aborted
-                self._run(siblings)
+            if siblings[0] in self.suspects and not self.suspects.isdisjoint(self.numbers):
+                self.waiting.append(siblings)   # one at a time
+            elif not siblings[0].output.finish_reason:   # else it was aborted
+                self._place(siblings)
 
-    def _run(self, requests: list[Request], stay: bool = False):
+    def _again(self, dead: Process):
+        """Run again what the worker had, in the order of arrival and under new numbers, but for who has ended it.
+
+        If it has ended by itself, in a logits_processor, that request is an error. Others that it had begun with are
+        suspects until they bring a token: they run one at a time, and who ends a second worker is an error. Not saved:
+        the others, if the last worker dies of a prompt; nor a suspect whose second worker dies of something else.
+        """
+        had = sorted((r.request.output.id, number) for number, r in self.runs.items() if dead in (r.worker, r.target))
+        again, killed = [], dead.error or dead.end in ("closed", "signal 9", "signal 15")
+        for number in (number for _, number in had if number in self.runs):
+            request, tried = self.runs[number].request, self.runs[number].tried
+            if tried and number == dead.at and request.params.logits_processor and not killed:
+                self._fail(request, f"a worker process has ended ({dead.end}) in its logits_processor: mend it")
+            elif tried and request in self.suspects:
+                self._fail(request, f"two worker processes have ended before its next token (the second: {dead.end}): "
+                                    "run it alone in an LLM to see why")
+            else:
+                self._end_run(request)
+                self.suspects |= {request} if tried else set()
+                again.append([request])
+        self.waiting = again + self.waiting
+
+    def _place(self, requests: list[Request], stay: bool = False):
         """Give a prompt and its continuations, or one that has begun, to who has the fewest tokens to compute before
         their next one. stay: who computes it goes on with it."""
         workers = self._alive("prefill") or self._alive()
         if not workers:
             ends = ", ".join(f"{worker.role}: {worker.end}" for worker in self.workers)
-            for request in requests:
-                request.output.finish_reason = "error"
-                request.output.error = f"no worker process is left ({ends}): make a new Disaggregated"
-                self.grown[request.output] = None
-                self._drop(request)
-            return
-        loads = dict.fromkeys(workers, 0)
+            return self._fail(requests[0], f"no worker process is left ({ends}): make a new Disaggregated")
+        loads = Counter()
         for run in self.runs.values():
-            if run.worker in loads and not run.begun:
-                loads[run.worker] += len(run.request.tokens)
-        worker, first = min(workers, key=loads.get), self.next_number
+            loads[run.worker] += 0 if run.begun else len(run.request.tokens)
+        worker, first = min(workers, key=loads.__getitem__), self.next_number
         for number, request in enumerate(requests, first):
             self.runs[number], self.numbers[request] = Run(request, worker), number
         self.next_number += len(requests)
         leave = worker.role == "prefill" and bool(self._alive("decode")) and not stay
-        worker.tell("run", self._job(first, requests), leave)
+        worker.tell("compute", self._job(first, requests), leave)
 
     def _offer(self, number: int, run: Run):
         """To the decode worker whose requests may come to need the fewest blocks."""
-        loads = dict.fromkeys(self._alive("decode"), 0)
-        if not loads:
-            run.worker.tell("keep", number)
-            return
+        workers, loads = self._alive("decode"), Counter()
+        if not workers:
+            return run.worker.tell("keep", number)
         for other in self.runs.values():
-            if (other.target or other.worker) in loads:
-                loads[other.target or other.worker] += -(-other.request.max_length // self.pool.block_size)
-        run.target = min(loads, key=loads.get)
+            loads[other.target or other.worker] += -(-other.request.max_length // self.pool.block_size)
+        run.target = min(workers, key=loads.__getitem__)
         run.target.tell("offer", self._job(number, [run.request]), run.worker.rank)
 
     def _job(self, number: int, requests: list[Request]) -> Job:
@@ -553,16 +601,18 @@ class Disaggregated(LLM):
         return Job(number, first.tokens[:out.prompt_tokens], pickle.dumps(replace(first.params, n=len(requests))),
                    [request.key for request in requests], out.token_ids, first.max_length, counts_of(out))
 
-    def _end_run(self, request: Request, tell: bool):
+    def _end_run(self, request: Request):
         number = self.numbers.pop(request)
         run = self.runs.pop(number)
-        for worker in filter(None, (run.worker, run.target) if tell else ()):
-            worker.tell("abort", number)
+        for worker in filter(None, (run.worker, run.target)):
+            worker.tell("abort", number)   # if it does not know yet
 
-    def _again(self, request: Request, stay: bool = False):
-        """Run it under a new number; who knows the old one forgets it."""
-        self._end_run(request, True)
-        self._run([request], stay)
+    def _fail(self, request: Request, error: str):
+        """It ends, with all its samples."""
+        for out in request.output.samples:
+            if out.id in self.requests:
+                out.finish_reason, out.error, self.grown[out] = "error", error, None
+                self._drop(self.requests[out.id])
 
     # --- what the workers say
 
@@ -574,11 +624,13 @@ class Disaggregated(LLM):
                 while worker.connection.poll():
                     name, *what = worker.connection.recv()
                     getattr(self, f"_on_{name}")(worker, *what)
-            except (EOFError, OSError):   # it is dead: what it had is run again, in the order of arrival
-                worker.close()
-                had = [run.request for run in self.runs.values() if worker in (run.worker, run.target)]
-                for request in sorted(had, key=lambda request: request.output.id):
-                    self._again(request)
+            except (EOFError, OSError):
+                worker.close()   # `_assign` sees it
+
+    def _on_at(self, worker: Process, *numbers: int):
+        for worker.at in numbers:
+            if worker.at in self.runs:
+                self.runs[worker.at].tried = True
 
     def _on_grown(self, worker: Process, grown: list[tuple]):
         now = time.perf_counter()
@@ -586,7 +638,8 @@ class Disaggregated(LLM):
             if number not in self.runs:
                 continue
             run = self.runs[number]
-            request, out, run.begun = run.request, run.request.output, True
+            request, out, run.begun, run.tried = run.request, run.request.output, True, False
+            self.suspects.discard(request)
             vars(out).update(counts)
             try:
                 for token in tokens:
@@ -612,10 +665,12 @@ class Disaggregated(LLM):
 
     def _on_lost(self, worker: Process, number: int):
         if number in self.runs:
-            self._again(self.runs[number].request, stay=True)
+            request = self.runs[number].request
+            self._end_run(request)
+            self._place([request], stay=True)
 
-    def _on_stats(self, worker: Process, answer: dict):
+    def _on_answer(self, worker: Process, *answer):
         self.answers[worker] = answer
 
     def _on_failed(self, worker: Process, error: Exception):
-        worker.end = describe(error)
+        worker.end, worker.error = describe(error), error

@@ -155,7 +155,7 @@ class Scheduler:
         self.pool, self.max_batched_tokens, self.max_seqs = pool, max_batched_tokens, max_seqs
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.moving: list[Request] = []   # they hold blocks and get no tokens, as distributed.py sends their K and V
+        self.aside: list[Request] = []   # they hold blocks and get no tokens: distributed.py set them aside
         self.refused = False       # the first in the queue did not fit, and no block has been given back since
         self.usage = 1.0
         self.preemptions = self.reused_tokens = 0
@@ -214,7 +214,7 @@ class Scheduler:
 
     def find_room(self, request: Request) -> bool:
         """Give the request blocks for its tokens, found ones first, if it can be expected to fit to its end."""
-        here, pool = self.running + self.moving, self.pool
+        here, pool = self.running + self.aside, self.pool
         if self.refused or sum(len(r.siblings) for r in here) + len(request.siblings) > self.max_seqs:
             return False
         request.computed = pool.match(request.table, request.tokens)
@@ -272,7 +272,7 @@ class Scheduler:
         """Forget a request that has ended. If it came to its own end, learn how much of its allowance it used (a moving
         average)."""
         out = request.output
-        for queue in (self.running, self.waiting, self.moving):
+        for queue in (self.running, self.waiting, self.aside):
             if request in queue:   # else it was to fork from one that was aborted
                 queue.remove(request)
                 break
@@ -301,7 +301,7 @@ class LLM:
     same vocabulary; num_speculative_tokens: how many of a request in a step, at most.
     cuda_graphs: whether decode steps are replayed; None: wherever attention is "triton" on a GPU. weights: those of
     another LLM of the same model, to share; None: they are read. tensor_parallel_size: how many processes share the
-    model; this one is the first, and the others end with it.
+    model; this one is the first, and the others end with it. processes: how many share the device's memory.
     Raises ValueError, in one sentence, for what does not exist or does not fit.
     """
 
@@ -310,7 +310,7 @@ class LLM:
                  max_seqs: int = 64, prefix_cache: bool = True, quantization: str | None = None,
                  kv_cache_dtype: str = "auto", speculative_model: str | Path | Config | None = None,
                  num_speculative_tokens: int = 4, cuda_graphs: bool | None = None,
-                 weights: dict[str, list[Part]] | None = None, tensor_parallel_size: int = 1):
+                 weights: dict[str, list[Part]] | None = None, tensor_parallel_size: int = 1, processes: int = 1):
         parallel.enter(tensor_parallel_size, device)   # what torchrun starts beside the first process stays in there
         self.folder = None if isinstance(model, Config) else Path(model)
         self.config = c = read_config(self.folder) if self.folder else model
@@ -363,7 +363,7 @@ class LLM:
         kv_dtype = torch.int8 if kv_cache_dtype == "int8" else DTYPES[self.dtype]
         self.pool = make_pool(parallel.LeadingPool if self.ranks else KVPool, self.model.config,
                               draft.config if draft else None, kv_dtype, self.device, block_size, num_blocks, max_seqs,
-                              prefix_cache, self.ranks.here if self.ranks and not gpu else 1)
+                              prefix_cache, self.ranks.here if self.ranks and not gpu else processes)
         self.scheduler = Scheduler(self.pool, max_batched_tokens, max_seqs)
         if cuda_graphs is None:
             cuda_graphs = gpu and attention == "triton" and not kernels.INTERPRETED
@@ -438,7 +438,7 @@ class LLM:
     def step(self) -> list[Output]:
         """One turn of the loop: schedule, run, sample. Returns the outputs that have grown since it last returned,
         some of them finished. If the model raises (for want of memory, say) the step is undone, and the next one does
-        its work again."""
+        its work again; but ranks that share the model end with the step that failed."""
         self._turn()
         grown, self.grown = self.grown, {}
         return list(grown)

@@ -20,8 +20,9 @@ Norms and learned positions are small: every rank has them. Where KV heads are f
 
 The forward pass does not know of it: a rank's model has fewer heads and a narrower MLP, and `linear` joins what is to
 be joined. A rank has K and V of its heads, in blocks with the same numbers. Only rank 0 has requests, a scheduler and
-the books of the pool. A step reaches the others as one tensor: its chunks, the entries of block tables that have
-changed, and the blocks that were copied. Rank 0 starts the others, or torchrun starts all.
+the books of the pool. A step reaches the others as one list of numbers: its chunks, the entries of block tables that
+have changed, the blocks that were copied. Rank 0 starts the others, or torchrun starts all. A rank that stands still
+(SIGSTOP) is not dead, and is waited for, in code that hears no Ctrl-C: Ctrl-\\ ends rank 0, and with it the others.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ from paged_kv import BlockTable, KVPool
 
 FIRST = 256           # numbers of a message that travel at once; the rest of a longer one follows
 CONNECTION_LOST = 3   # exit status of a rank that ends because another one has ended
+SOON, LATE = timedelta(seconds=30), timedelta(minutes=30)   # to connect ranks that are ready; torchrun's, by hand
+FOREVER = timedelta(days=300)   # for a message: hours may pass between two, and a process that stands still is not dead
 
 
 class Broken(RuntimeError):
@@ -71,12 +74,14 @@ def share(c: Config, size: int) -> Config:
     they cannot share it."""
     e = c.experts
     cut = [c.H, e.shared if e else 0, c.I if not e or len(e.layers) < c.L else 0]   # MLPs that all tokens meet
-    able = [n for n in range(1, 65) if not (any(x % n for x in cut) or c.K % n and n % c.K or e and e.X < n
-                                            or -(-c.V // n) * (n - 1) >= c.V)]
+    able = [n for n in range(1, 65) if not any(x % n for x in cut)   # as many for each rank,
+            and (c.K % n == 0 or n % c.K == 0)                       # or a KV head for as many ranks as any other,
+            and not (e and e.X < n)                                  # an expert at least,
+            and -(-c.V // n) * (n - 1) < c.V]                        # a row of the vocabulary when the others are full
     if size not in able:
         raise ValueError(f"tensor_parallel_size is {size}, and {c.H} query heads, {c.K} KV heads and the MLP's {c.I} "
-                         f"columns{f', {e.X} experts' if e else ''} cannot all be shared out evenly: "
-                         f"use {' or '.join(map(str, able))}")
+                         f"columns cannot all be shared out evenly, and {f'{e.X} experts, ' if e else ''}{c.V} tokens "
+                         f"so that each has some: use {' or '.join(map(str, able))}")
     return replace(c, H=c.H // size, K=max(1, c.K // size), I=c.I // size)
 
 
@@ -95,12 +100,12 @@ class Ranks:
         self.here, self.processes, self.broken = here, list(processes), ""
         options, gloo, near = dist.ProcessGroupGloo._Options(), dist.ProcessGroupGloo, here == self.size
         options._devices = [gloo.create_device(hostname="127.0.0.1") if near else gloo.create_default_device()]
-        options._timeout = timedelta(seconds=30 if processes else 1800)   # those that this one has started are ready
+        options._timeout = SOON if processes else LATE
         self.gloo = self.group = gloo(dist.PrefixStore("gloo", store), self.rank, self.size, options)
-        self.gloo._set_default_timeout(timedelta(days=300))   # between two steps hours may pass
+        self.gloo._set_default_timeout(FOREVER)
         if device.type == "cuda":
             self.group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), self.rank, self.size)
-            threading.Thread(target=self._watch, daemon=True).start()
+            threading.Thread(target=self._watch, args=(self.group,), daemon=True).start()
         self.sum(torch.zeros(1, device=device))   # all have met
 
     def sum(self, x: Tensor) -> Tensor:
@@ -159,12 +164,12 @@ class Ranks:
             time.sleep(0.02)
         return ""
 
-    def _watch(self):
+    def _watch(self, group: dist.ProcessGroupNCCL):
         """NCCL does not notice that a rank is gone, and its kernels wait for ever: until somebody aborts them."""
         while self.processes and all(process.poll() is None for process in self.processes):
             time.sleep(0.1)
         if self.processes:
-            self.group.abort()
+            group.abort()
 
     def check(self):
         """After a step: see that it was not aborted."""
@@ -225,7 +230,7 @@ def start_processes(size: int, device: torch.device) -> Ranks:
             return Ranks(url + "0", size, device, processes)
         except BaseException as error:
             stop(processes)
-            if isinstance(error, RuntimeError):
+            if isinstance(error, RuntimeError) and not isinstance(error, Broken):
                 raise Broken(f"{size} ranks could not connect: start the run again") from error
             raise
 

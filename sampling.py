@@ -352,7 +352,7 @@ def choose(logits_BV: Tensor, takers: list[tuple]) -> tuple[list[int], dict[int,
             processed_BV[b] = logits_V
             if not processed_BV[b].max().isfinite():
                 raise ValueError("it left no token to choose: the largest logit must be a finite number")
-        except Exception as error:   # anything may happen in a stranger's function
+        except (Exception, SystemExit) as error:   # anything may happen in a stranger's function
             processed_BV[b], errors[b] = 0.0, f"logits_processor: {describe(error)}"
     keys, positions = [request.key for request in requests], [len(request.tokens) + ahead for request, ahead in takers]
     tokens = sample(processed_BV, [request.params for request in requests], keys, positions) if requests else []
@@ -363,7 +363,7 @@ def choose(logits_BV: Tensor, takers: list[tuple]) -> tuple[list[int], dict[int,
     return tokens, errors
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:   # a stranger's exception, which fails to describe itself

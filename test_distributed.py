@@ -8,12 +8,13 @@ real processes seldom take. In the second half they are processes.
 import itertools
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections import deque
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -25,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distributed
+import model
 from distributed import Disaggregated, Link, Worker
 from nanoserve import LLM, SamplingParams
 from paged_kv import KVPool
@@ -37,14 +39,19 @@ SAME = "text", "token_ids", "finish_reason", "error", "prompt_tokens"
 # ---------------------------------------------------------------------------------------------
 # A world in this process
 
+class Exit(BaseException):
+    """The end of the process in which it is raised."""
+
+
 class Actor(distributed.Process):
     """A worker that acts when the world says so. It is its own connection."""
-    world = None
+    world = worker = None
+    dead, awake = False, True
 
     def start(self, threads):
-        self.heard, self.said, self.worker, self.awake = deque(), deque(), None, True
+        self.heard, self.said = deque(), deque()
         self.connection = SimpleNamespace(poll=lambda: bool(self.said) or self.dead, recv=self.say, close=lambda: None)
-        self.process = SimpleNamespace(kill=self.kill, wait=lambda: -9)
+        self.process, self.outbox = SimpleNamespace(kill=self.die, wait=lambda: self.code), SimpleQueue()
 
     def tell(self, *message):
         if self.worker:
@@ -52,60 +59,98 @@ class Actor(distributed.Process):
         elif not hasattr(self, "llm"):
             model, options = message
             self.llm = self.world.engine(model, options)
-            self.said.append(("ready", self.llm.pool.num_blocks, self.llm.pool.block_size, self.llm.scheduler.max_seqs))
+            self.said.append(("answer", self.llm.pool.num_blocks, self.llm.pool.block_size, self.llm.scheduler.max_seqs))
         else:
-            self.worker = Worker(self.llm, lambda *what: self.said.append(what),
-                                 {peer: Wire(self, peer) for peer, *_ in message})
+            links = {peer: Wire(self, peer, sends) for peer, _, _, sends in message}
+            self.worker = Worker(self.llm, lambda *what: self.said.append(what), links)
             self.world.actors[self.rank] = self
-            self.said.append(("linked",))
+            self.said.append(("answer",))
 
     def say(self):
         if not self.said:
             raise EOFError
         return self.said.popleft()
 
-    dead = False
-
-    def kill(self):
-        self.dead = True
+    def die(self, code=-9):
+        if not self.dead:
+            self.dead, self.code = True, code
+            for wire in self.worker.links.values():
+                wire.group = None
 
     def act(self):
         """Hear a message, else take a turn."""
-        if self.heard:
-            name, *what = self.heard.popleft()
-            getattr(self.worker, name)(*what)
-            self.awake = True
-        else:
-            self.awake = self.worker.turn()
+        try:
+            if self.heard:
+                name, *what = self.heard.popleft()
+                getattr(self.worker, name)(*what)
+                self.awake = True
+            else:
+                self.awake = self.worker.turn()
+        except Exit as exit:
+            self.die(exit.code)
 
 
-class Wire:
-    """A link on which nothing moves until the world says so."""
+class Wire(Link):
+    """An end of a link, whose thread runs when the world says so: the very code, on a group that is a queue."""
 
-    def __init__(self, here, peer):
-        self.here, self.peer, self.orders, self.blocks, self.broken, self.cut = here, peer, deque(), {}, False, False
+    def __init__(self, here, peer, sends):
+        self.pool, self.inbox, self.peer = here.llm.pool, SimpleNamespace(put=here.heard.append), peer
+        self.orders, self.blocks, self.broken = SimpleQueue(), {}, False
+        self.sends, self.ended, self.way = sends, False, here.world.ways[min(here.rank, peer), max(here.rank, peer)]
+        self.group = Group(self)
+        self.fault = None   # (operations until it comes, what it is)
 
-    @property
-    def there(self):
-        return self.here.world.actors[self.peer]
+    def ready(self):
+        return not self.ended and (not self.orders.empty() if self.sends else bool(self.way.pieces or self.way.broken))
 
-    def send(self, number, blocks):
-        if not self.cut:
-            self.orders.append((number, blocks))
-
-    def deliver(self):
+    def act(self):
         """All of a transfer."""
-        here, there = self.here, self.there
-        number, blocks = self.orders.popleft()
-        mine, theirs = here.llm.pool, there.llm.pool
-        targets, size = there.worker.links[here.rank].blocks.pop(number), 0
-        assert blocks is None or len(blocks) == len(targets)
-        for source, target in zip(mine.memory, theirs.memory) if blocks else ():
-            piece = distributed.gather(source, blocks)
-            distributed.scatter(target, targets, piece)
-            size += piece.nbytes
-        here.heard.append(("sent", number))
-        there.heard.append(("came", number, blocks is not None, size, 0.0))
+        def task():
+            self._send() if self.sends else self._receive()
+            raise Paused
+        try:
+            self._work(task)
+            self.ended = True
+        except Paused:
+            pass
+
+    def may_fail(self):
+        if self.fault:
+            self.fault[0] -= 1
+            if self.fault[0] < 0:
+                raise self.fault[1]
+
+
+class Paused(BaseException):
+    pass
+
+
+class Group:
+    """The group of two, as one of them has it. When nobody has it any more, the other one notices."""
+
+    def __init__(self, wire):
+        self.way, self.may_fail = wire.way, wire.may_fail
+
+    def send(self, tensors, *_):
+        self.may_fail()
+        if self.way.broken:
+            raise RuntimeError("the peer is dead")
+        self.way.pieces.append(tensors[0].clone())
+        return self
+
+    def recv(self, tensors, *_):
+        self.may_fail()
+        if not self.way.pieces:
+            assert self.way.broken, "it waits for ever"
+            raise RuntimeError("the peer is dead")
+        tensors[0].copy_(self.way.pieces.popleft())
+        return self
+
+    def wait(self):
+        pass
+
+    def __del__(self):
+        self.way.broken = True
 
 
 class World:
@@ -113,7 +158,8 @@ class World:
 
     def __init__(self, dice, deaths, **options):
         self.dice, self.deaths, self.options, self.weights = dice, deaths, options, None
-        self.actors, self.steps = {}, 0
+        self.actors, self.steps, self.killed = {}, 0, 0
+        self.ways = defaultdict(lambda: SimpleNamespace(pieces=deque(), broken=False))
 
     def engine(self, model, options):
         llm = LLM(model, weights=self.weights, **options)
@@ -136,36 +182,26 @@ class World:
         alive = [a for a in actors if not a.dead]
         wires = [wire for a in alive for wire in a.worker.links.values()]
         under_way = [m for a in alive for m in [*a.heard, *a.said] if m[0] in ("offer", "taken", "hand_over", "came", "sent")]
-        if self.deaths and self.dice.random() < (0.1 if under_way or any(wire.orders for wire in wires) else 0.004):
+        if self.deaths and self.dice.random() < (0.1 if under_way or any(wire.ready() for wire in wires) else 0.004):
             self.deaths -= 1
-            if self.dice.random() < 0.2:   # nobody dies, and two lose each other
-                wire = self.dice.choice(wires)
-                self.cut(wire.here, wire.there)
+            if self.dice.random() < 0.3:   # nobody dies, but one end of a link fails, now or at its next transfer
+                error = self.dice.choice([RuntimeError, MemoryError, KeyError])("of one end")
+                self.dice.choice(wires).fault = [self.dice.randint(0, 3), error]
             else:
-                dead = self.dice.choice(alive)
-                dead.dead = True
-                for peer in dead.worker.links:
-                    self.cut(dead, self.actors[peer])
+                self.killed += 1
+                self.dice.choice(alive).die()
             return
-        choices = [a.act for a in alive if a.heard or a.awake]
-        choices += [wire.deliver for a in alive for wire in a.worker.links.values() if wire.orders]
+        choices = [a.act for a in alive if a.heard or a.awake] + [wire.act for wire in wires if wire.ready()]
         assert choices or any(a.connection.poll() for a in actors), "nobody can do anything, and somebody waits"
         if choices:
             self.dice.choice(choices)()
-
-    def cut(self, one, other):
-        """Both ends of the link notice, some time."""
-        for a, b in ((one, other), (other, one)):
-            a.worker.links[b.rank].orders.clear()
-            a.worker.links[b.rank].cut = True
-            a.heard.append(("broken", b.rank))
 
     def settle(self, front):
         """Until nobody has anything left to do."""
         while True:
             front._hear([w.connection for w in front.workers])
             busy = [a for a in self.actors.values() if not a.dead
-                    and (a.heard or a.awake or any(w.orders for w in a.worker.links.values()))]
+                    and (a.heard or a.awake or any(wire.ready() for wire in a.worker.links.values()))]
             if not busy:
                 return
             self.step()
@@ -184,11 +220,11 @@ def check_nothing_is_left(front):
         if not actor.dead:
             worker, pool = actor.worker, actor.llm.pool
             assert pool.num_referenced == 0 and not actor.llm.requests, (actor.rank, actor.role)
-            assert not (worker.told or worker.leaving or worker.offers or worker.moving or worker.doomed)
-            assert not actor.llm.scheduler.moving
+            assert not (worker.told or worker.leaving or worker.offers or worker.transfers or worker.doomed)
+            assert not actor.llm.scheduler.aside
             assert not any(wire.blocks for wire in worker.links.values() if not wire.broken)
             assert len(pool.free_rows) == len(pool.block_tables_UM)
-    assert not front.runs and not front.numbers and not front.requests
+    assert not front.runs and not front.numbers and not front.requests and not front.suspects and not front.waiting
 
 
 PARAMS = st.builds(dict, max_tokens=st.integers(1, NEW), temperature=st.sampled_from([0.0, 0.9]), seed=st.integers(0, 3),
@@ -235,7 +271,8 @@ def test_tokens_do_not_depend_on_where_prefill_and_decode_run_and_who_dies(
             for sample, other in zip(out.samples, expected.samples, strict=True):
                 n = len(sample.token_ids)
                 if sample.finish_reason in ("abort", "error"):
-                    assert abort_at or not living and sample.error and "no worker process is left" in sample.error, sample
+                    assert abort_at or (not living and "no worker process is left" in sample.error
+                                        or world.killed > 1 and "two worker processes have ended" in sample.error), sample
                     assert sample.token_ids == other.token_ids[:n]
                 else:
                     assert (sample.token_ids, sample.finish_reason) == (other.token_ids, other.finish_reason)
@@ -247,8 +284,8 @@ def test_tokens_do_not_depend_on_where_prefill_and_decode_run_and_who_dies(
         check_nothing_is_left(front)
 
 
-@pytest.mark.parametrize("event", ["abort", "prefill dies", "decode dies"])
-@pytest.mark.parametrize("moment", ["computed", "offered", "taken", "ordered", "sent"])
+@pytest.mark.parametrize("event", ["abort", "prefill dies", "decode dies", "prefill's end fails", "decode's end fails"])
+@pytest.mark.parametrize("moment", ["computed", "offered", "taken", "ordered", "on its way", "sent"])
 def test_at_every_moment_of_a_move_anything_may_happen(lone, monkeypatch, moment, event):
     folder, prompts, expected = lone["llama"]
     world = World(random.Random(0), 0)
@@ -256,7 +293,8 @@ def test_at_every_moment_of_a_move_anything_may_happen(lone, monkeypatch, moment
     out = front.requests[front.add(prompts[4], SamplingParams(max_tokens=9))].output
     front._assign()
     prefill, decode = front.workers
-    while not prefill.said:
+    sender, receiver = prefill.worker.links[1], decode.worker.links[0]
+    while not any(name == "grown" for name, *_ in prefill.said):
         prefill.act()
     hear = lambda: front._hear([prefill.connection, decode.connection])
     if moment != "computed":
@@ -265,24 +303,88 @@ def test_at_every_moment_of_a_move_anything_may_happen(lone, monkeypatch, moment
     if moment not in ("computed", "offered"):
         decode.act()
         decode.act()
-        assert decode.said[0][0] == "taken"
-    if moment in ("ordered", "sent"):
+        assert decode.said[-1][0] == "taken"
+    if moment in ("ordered", "on its way", "sent"):
         hear()
         prefill.act()
-        assert prefill.worker.links[1].orders
+        assert sender.ready()
+    if moment in ("on its way", "sent"):
+        sender.act()
+        assert receiver.ready()
     if moment == "sent":
-        prefill.worker.links[1].deliver()
+        receiver.act()
     if event == "abort":
         front.abort(out.id)
+    elif "fails" in event:
+        (sender if event.startswith("prefill") else receiver).fault = [1, MemoryError("of one end")]
     else:
-        dead = prefill if event == "prefill dies" else decode
-        dead.dead = True
-        world.cut(prefill, decode)
+        (prefill if event == "prefill dies" else decode).die()
     while front.requests:
         front.step()
     world.settle(front)
     assert event == "abort" or (out.token_ids, out.finish_reason) == (expected[4][:9], "length")
     check_nothing_is_left(front)
+
+
+def harmless(token_ids, logits_V):
+    return logits_V
+
+
+def deadly(token_ids, logits_V):
+    if len(token_ids) == deadly.at:
+        raise deadly.end
+    return logits_V
+
+
+@pytest.mark.parametrize("processes, code, at, deaths, words", [
+    ((1, 1), 7, 0, 1, r"^a worker process has ended \(exit status 7\) in its logits_processor"),
+    ((1, 1), -11, 3, 1, r"^a worker process has ended \(signal 11\) in its logits_processor"),
+    ((2, 1), -9, 0, 2, r"^two worker processes have ended before its next token \(the second: signal 9\)"),
+    ((2, 2), -9, 0, 2, "^two worker processes"), ((1, 2), -9, 3, 2, "^two worker processes")])
+def test_who_ends_workers_is_an_error_and_nobody_else(lone, monkeypatch, processes, code, at, deaths, words):
+    """Whether by itself, or because the system kills whoever takes it (the code is -9); at its first token or later."""
+    folder, prompts, expected = lone["llama"]
+    deadly.at, deadly.end = at, Exit()
+    deadly.end.code = code
+    for seed in range(6):
+        world = World(random.Random(seed), 0)
+        front = make_front(monkeypatch, world, folder, *processes, block_size=8, num_blocks=60)
+        params = [SamplingParams(max_tokens=6, n=1 + i % 2, logits_processor=deadly if i == 3 else harmless if i % 3 else None)
+                  for i in range(7)]
+        outputs = front.generate(prompts[:7], params)
+        killer = outputs.pop(3)
+        assert all(sample.token_ids == expected[i][:6] for i, out in zip((0, 1, 2, 4, 5, 6), outputs) for sample in out.samples)
+        assert all(sample.finish_reason == "error" and re.search(words, sample.error) for sample in killer.samples), killer
+        assert sum(actor.dead for actor in front.workers) == deaths
+        world.settle(front)
+        check_nothing_is_left(front)
+
+
+def test_after_close_everything_ends_in_one_sentence(lone, monkeypatch):
+    folder, prompts, expected = lone["llama"]
+    front = make_front(monkeypatch, World(random.Random(1), 0), folder, 1, 1, block_size=8, num_blocks=40)
+    out = front.requests[front.add(prompts[4], SamplingParams(max_tokens=9, n=2))].output
+    while len(out.token_ids) < 3:
+        front.step()
+    front.close()
+    front.step()
+    (late,) = front.generate([prompts[0]])
+    sentence = "no worker process is left (prefill: closed, decode: closed): make a new Disaggregated"
+    assert [sample.error for sample in (*out.samples, late)] == [sentence] * 3 and not front.requests
+    assert out.token_ids == expected[4][:len(out.token_ids)]
+    with pytest.raises(ValueError, match="has no logits"):
+        front.logits(prompts[0])
+    check_nothing_is_left(front)
+
+
+def test_workers_of_one_device_share_its_memory(lone, monkeypatch):
+    sizes = []
+    for processes in ((1, 1), (3, 3)):
+        monkeypatch.setattr(model, "memory_for_pool", lambda device: (1 << 20, 1 << 18))
+        front = make_front(monkeypatch, World(random.Random(1), 0), lone["llama"][0], *processes, block_size=8)
+        pools = [actor.llm.pool for actor in front.workers]
+        sizes.append(sum(memory.nbytes for pool in pools for memory in pool.memory))
+        assert (1 << 18) * 0.8 < sizes[-1] <= 1 << 18 and front.pool.num_blocks == pools[0].num_blocks
 
 
 @pytest.mark.parametrize("kind", ["auto", "int8"])
@@ -312,6 +414,26 @@ def test_a_link_moves_all_that_is_in_the_blocks(kind):
         assert torch.equal(target, old)
 
 
+@pytest.mark.parametrize("what", ["gather", "scatter"])
+def test_when_one_end_of_a_link_fails_both_hear_of_it(monkeypatch, what):
+    pools, inboxes = [KVPool(2, 3, 4, 9, 5) for _ in range(2)], (SimpleQueue(), SimpleQueue())
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with ThreadPoolExecutor() as threads:
+        ends = [threads.submit(Link, pools[i], inboxes[i], 1 - i, "name", store.port, i == 0) for i in range(2)]
+    sender, receiver = (end.result() for end in ends)
+
+    def fail(*arguments):
+        raise MemoryError
+    monkeypatch.setattr(distributed, what, fail)
+    receiver.blocks[1] = [1, 2]
+    sender.send(1, [3, 4])
+    assert inboxes[what == "scatter"].get(timeout=20) == ("broken", what == "gather")
+    heard = deque()
+    while ("broken", what == "scatter") not in heard:   # a sender hears it when it sends again
+        sender.send(2, None)
+        heard.append(inboxes[what == "gather"].get(timeout=20))
+
+
 def test_a_prompt_that_another_one_begins_with_is_sent_once(lone, monkeypatch):
     folder, prompts, expected = lone["llama"]
     world = World(random.Random(5), 0)
@@ -336,7 +458,7 @@ def test_finished_prompts_wait_in_their_blocks_while_nobody_has_room(lone, monke
     decode = front.workers[1].llm
     while front.requests:
         front.step()
-        most = max(most, len(front.workers[0].llm.scheduler.moving))
+        most = max(most, len(front.workers[0].llm.scheduler.aside))
         assert not decode.scheduler.running or decode.computed_tokens == decode.steps or decode.scheduler.preemptions
     assert [out.token_ids for out in outputs] == [expected[i][:12] for i in (2, 5, 6, 8)] and most > 1
 

@@ -172,7 +172,7 @@ def test_ranks_share_out_experts_and_the_heads_of_latents(tmp_path, name, quanti
         assert (error_T.median() if quantization else error_T.max()) < 1e-4
         assert sum(number for _, number in results) == numbers(whole), "each number is on one rank"
     if able != [2, 3, 4]:
-        with pytest.raises(ValueError, match=f"{c.experts.X} experts cannot all be shared out"):
+        with pytest.raises(ValueError, match=f"cannot all be shared out evenly, and {c.experts.X} experts, {c.V} tokens so that each has some"):
             parallel.share(c, c.experts.X + 1)
 
 
@@ -277,7 +277,7 @@ def test_two_processes_have_the_same_logits(two, lone):
 
 @settings(max_examples=30)
 @given(lengths=st.lists(st.integers(0, 700), min_size=1, max_size=4), changed=st.integers(0, 60))
-def test_a_step_survives_being_one_tensor(lengths, changed):
+def test_a_step_survives_being_one_list_of_numbers(lengths, changed):
     """Whatever its length, in one message or two."""
     sent, tables, seen, copies = [], parallel.defaultdict(list), [], []
 
