@@ -5,6 +5,7 @@ who acts next, whose word is heard, when a transfer ends, and who dies: the very
 real processes seldom take. In the second half they are processes.
 """
 
+import importlib
 import itertools
 import os
 import random
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -467,9 +469,14 @@ def test_finished_prompts_wait_in_their_blocks_while_nobody_has_room(lone, monke
 # Processes
 
 MODULE = """
+import os
 def no_e(token_ids, logits_V):
     logits_V[101] = -1e9
     return logits_V
+def quits(token_ids, logits_V):
+    raise SystemExit(3)
+def dies(token_ids, logits_V):
+    os._exit(7)
 """
 PROMPTS = ["The cat sat", "Once upon a time", "One day, Tom went to the park. " * 12, "The dog", "Once upon a time, Tom"]
 MANY = [SamplingParams(max_tokens=60), SamplingParams(max_tokens=40, temperature=0.8, seed=3, n=2, logprobs=2),
@@ -510,13 +517,18 @@ def assert_same(outs, expected):
 
 
 @pytest.fixture(scope="module")
-def front(tmp_path_factory):
+def processors(tmp_path_factory):
     folder = tmp_path_factory.mktemp("module")
     (folder / "processors.py").write_text(MODULE)
     sys.path.insert(0, str(folder))
+    yield importlib.import_module("processors")
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="module")
+def front(processors):
     with Disaggregated(HERE / "demo/llama", device="cpu", dtype="float32", num_blocks=70) as front:
         yield front
-    sys.path.remove(str(folder))
     assert_gone([worker.process.pid for worker in front.workers])
 
 
@@ -552,22 +564,54 @@ def test_processes_end_who_is_aborted_and_nobody_else(front, demo):
     assert front.stats()["blocks_referenced"] == 0
 
 
-def test_a_request_that_cannot_run_harms_nobody(front, demo):
-    import processors
+def test_a_request_that_cannot_run_harms_nobody(front, demo, processors):
     ghost = type(sys)("ghost")
     exec("def never(ids, logits): return logits", ghost.__dict__)
     sys.modules["ghost"] = ghost
     try:
         params = [SamplingParams(logits_processor=processors.no_e, max_tokens=20), SamplingParams(logits_processor=lambda i, x: x),
-                  SamplingParams(logits_processor=ghost.never, n=2), MANY[0], MANY[0], MANY[0]]
-        outs = front.generate(["The cat sat", "The", "The", "", PROMPTS[0], [5000]], params)
+                  SamplingParams(logits_processor=ghost.never, n=2), MANY[0], MANY[0], MANY[0], SamplingParams(logits_processor=processors.quits)]
+        outs = front.generate(["The cat sat", "The", "The", "", PROMPTS[0], [5000], "The"], params)
     finally:
         del sys.modules["ghost"]
     (processed,) = demo[0].generate(["The cat sat"], params[0])
     assert_same([outs[0], outs[4]], [processed, demo[1][0]])
     assert "logits_processor cannot travel" in outs[1].error and "prompt is empty" in outs[3].error
     assert all("logits_processor: a worker process cannot load it (ModuleNotFoundError" in s.error for s in outs[2].samples)
-    assert "outside the vocabulary" in outs[5].error
+    assert "outside the vocabulary" in outs[5].error and outs[6].error == "logits_processor: SystemExit: 3"
+
+
+def test_a_worker_that_stands_still_is_waited_for_until_ctrl_c(front, demo):
+    pid = front.workers[0].process.pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        ids = [front.add([7] * 800) for _ in range(600)]   # more than a pipe holds
+        handing_out = threading.Thread(target=front._assign)
+        handing_out.start()
+        handing_out.join(20)
+        stuck = handing_out.is_alive()
+        if not stuck:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                front.step()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert not stuck
+    for i in ids:
+        front.abort(i)
+    assert_same(front.generate(PROMPTS, MANY), demo[1])
+
+
+def test_a_worker_says_why_it_ends(capfd):
+    ended, spoilt = workers = [distributed.Process(i, "prefill") for i in range(2)]
+    for worker in workers:
+        worker.start(1)
+    ended.connection.close()
+    spoilt.outbox.put(b"nonsense")
+    assert [worker.process.wait(60) for worker in workers] == [0, 1]
+    assert capfd.readouterr().err.startswith("a message to a worker process cannot be read (UnpicklingError")
+    ended.outbox.put(None)
+    spoilt.close()
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -579,11 +623,11 @@ def test_options_that_make_no_sense_are_refused_in_one_sentence(arguments, words
     assert "\n" not in str(error.value)
 
 
-def test_whoever_is_killed_the_tokens_are_the_same_until_nobody_is_left(demo):
+def test_whoever_is_killed_the_tokens_are_the_same_until_nobody_is_left(demo, processors):
     llm, expected = demo
     front = Disaggregated(HERE / "demo/llama", 2, 2, device="cpu", dtype="float32", num_blocks=70)
     pids = [worker.process.pid for worker in front.workers]
-    for n, (victim, stopped) in enumerate([(2, False), (0, True), (3, True)]):
+    for n, (victim, stopped) in enumerate([(2, False), (0, True)]):
         outputs = [front.requests[front.add(*one)].output for one in zip(PROMPTS, MANY)]
         if stopped:   # it stands still, perhaps in a transfer, before it dies
             os.kill(pids[victim], signal.SIGSTOP)
@@ -596,14 +640,20 @@ def test_whoever_is_killed_the_tokens_are_the_same_until_nobody_is_left(demo):
             front.step()
         assert all(out.token_ids[:len(before)] == before for out, before in zip(outputs, known))
         assert_same(outputs, expected)
-    assert [worker.alive for worker in front.workers] == [False, True, False, False]
+    outputs = [front.requests[front.add(*one)].output for one in zip(PROMPTS, MANY)]
+    (killer,) = front.generate("The hen", SamplingParams(logits_processor=processors.dies))
+    assert killer.error == "a worker process has ended (exit status 7) in its logits_processor: mend it"
+    while front.requests:
+        front.step()
+    assert_same(outputs, expected)
+    assert [worker.alive for worker in front.workers] == [False, False, False, True]
     first = front.requests[front.add(PROMPTS[2], MANY[2])].output
     while len(first.token_ids) < 3:
         front.step()
-    os.kill(pids[1], signal.SIGKILL)
+    os.kill(pids[3], signal.SIGKILL)
     (second,) = front.generate("The", MANY[0])
     assert first.finish_reason == second.finish_reason == "error" and first.error == second.error
-    assert first.error.startswith("no worker process is left (prefill: signal 9, ") and front.stats() == dict(moving=0)
+    assert first.error.startswith("no worker process is left (prefill: signal 9, prefill: exit status 7, ") and front.stats() == dict(moving=0)
     del front
     assert_gone(pids)
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -324,6 +325,44 @@ def test_a_rank_that_dies_ends_the_run_in_one_sentence():
     with pytest.raises(parallel.Broken) as again:
         llm.generate(["The cat sat"])
     assert str(again.value) == str(first.value) and llm.pool.num_referenced == 0
+
+
+class Rank:
+    """A process that says that it is ready, and ends when it is told to."""
+
+    def __init__(self, *arguments, **named):
+        self.ended, self.stdin = False, SimpleNamespace(close=lambda: setattr(self, "ended", True))
+        self.stdout = SimpleNamespace(readline=lambda: b"ready\n", close=lambda: None)
+
+    def poll(self):
+        return 0 if self.ended else None
+
+    def wait(self, seconds=None):
+        assert self.ended
+
+    def kill(self):
+        pass
+
+
+def test_what_a_rank_said_when_it_could_not_join_remains(monkeypatch):
+    def ranks(*arguments):
+        raise parallel.Broken("rank 1 of 2 has ended (no GPU)")
+    monkeypatch.setattr(parallel.subprocess, "Popen", Rank)
+    monkeypatch.setattr(parallel, "Ranks", ranks)
+    with pytest.raises(parallel.Broken, match=r"^rank 1 of 2 has ended \(no GPU\)$"):
+        parallel.start_processes(2, CPU)
+
+
+def test_who_watches_the_ranks_aborts_the_group_that_close_forgets():
+    aborted, ranks = [], object.__new__(parallel.Ranks)
+    ranks.gloo = ranks.group = group = SimpleNamespace(abort=lambda: aborted.append(True))
+    ranks.processes, ranks.broken = [Rank(), Rank()], ""
+    watching = threading.Thread(target=ranks._watch, args=(group,))
+    watching.start()
+    ranks.gloo = ranks.group = None   # as `close` begins, with processes that have not ended yet
+    ranks.processes[0].ended = True
+    watching.join(20)
+    assert aborted == [True]
 
 
 def test_a_step_that_fails_on_rank_0_ends_the_group_and_del_ends_it_too():
