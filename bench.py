@@ -435,8 +435,8 @@ def disaggregate(args: argparse.Namespace):
         ways = {f"one, chunks of {n}": (lab.engine(max_batched_tokens=n), 0) for n in sizes}
         ways["prefill and decode"] = apart, 0
         compare(f"Prompts of {length} tokens arrive among six that are decoding", ways, arrivals,
-                "Apart, no prompt is in the step of a decode, so its gaps stay short. But each of the two computes "
-                "with a part of the machine, and a prompt's K and V must move before its second token.")
+                "Apart, no prompt is in the step of a decode. But each of the two computes with a part of the machine, "
+                "and a prompt's K and V must move before its second token: the longest gaps hold such a move.")
         stats = apart.stats()
     size, seconds = stats["sent_bytes"], stats["sent_seconds"]
     print(f"\nIn all turns {size / 1e6:.1f} MB of K and V were sent from one process to the other; they travelled for "

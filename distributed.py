@@ -2,17 +2,17 @@
 
 A prompt is bound by compute and a decode by memory (roofline.py), and in one loop they wait for each other: a step with
 a thousand prompt tokens makes everybody's next token late. Chunks shorten that wait. Two processes, each on a device of
-its own, leave one, before the second token: then the request moves (DistServe, Zhong et al. 2024; Splitwise, Patel et
-al. 2024). The front gives it to a worker as a run, and messages take the run from state to state:
+its own, leave only the move, before the second token (DistServe, Zhong et al. 2024; Splitwise, Patel et al. 2024). The
+front gives a request to a worker as a run, which messages take from one state to the next:
 
     a run is     after           where
     waiting      compute         in the queue of a prefill worker
     running      -               its prompt is computed there, up to a first token
-    set aside    grown           it stays in its blocks (and runs on, after `keep`, if no decode worker is left)
+    set aside    grown           it stays in its blocks, and gets no tokens
     offered      offer           in the queue of a decode worker, too
     taken        taken           blocks are reserved there; `hand_over` says which K and V it wants
     sent         sent, came      from thread to thread; the prefill worker forgets it
-    running      arrived         there, with a `grown` per step, until it ends, or is `lost` and begins again
+    running      arrived         there, with more `grown`, until it ends, or is `lost` and begins again
 
 Who goes on with a request elsewhere needs its tokens, its parameters and its blocks. Nothing else: a token is a pure
 function of logits, key and position (sampling.py), so there is no generator whose state would have to follow.
@@ -20,19 +20,18 @@ function of logits, key and position (sampling.py), so there is no generator who
 What moves. The decode worker looks up what it has by prefix, reserves blocks under the rule by which anybody is
 admitted, and says from which block on it wants K and V. They go from pool to pool, past the front, in one message per
 tensor of `pool.memory`: a block is in as many pieces as there are layers and heads, so they are gathered. (From and to
-a GPU they go through host memory.) Full blocks of a prompt with n continuations are sent once. A draft model's K and V
-do not travel: it reads the prompt again. A full decode pool takes nobody: then finished prompts wait on the prefill
-side, in their blocks. A prompt that begins like one that is on its way waits for that one, and finds it; so does
-everyone behind it. Who is preempted on the decode side is computed again there.
+a GPU they go through host memory.) Threads send and receive, and both loops go on. Full blocks of a prompt with n
+continuations are sent once. A draft model's K and V do not travel: it reads the prompt again. A full decode pool takes
+nobody: then finished prompts wait in their blocks on the prefill side. A prompt that begins like one that is on its way
+waits for that one, and finds it; so does everyone behind it. Who is preempted on the decode side is computed there.
 
-Who dies. A process can be killed at any moment. The front, which has no model, keeps each request with the tokens that
-it has shown. It sees the end of a worker's pipe, and has everything in which that worker had a part run again by those
-who are left, prompt and shown tokens together, as if it had been preempted: the tokens are the same, and none is shown
-twice. Every worker is a whole LLM, so where nobody of a role is left the others do its work. Each run has a number, and
-what is said of a number that has ended is not heard. A prefill worker has a gloo group with each decode worker, which
-breaks alone. When the front is dead, its workers see the end of their pipes and end at once, also in the middle of a
-step. A process that stands still (SIGSTOP, or it swaps) is not dead: it is waited for, until Ctrl-C. Who makes workers
-die is found out (`_again`).
+Who dies. The front, which has no model, keeps each request with the tokens that it has shown. It sees the end of a
+worker's pipe, and has everything in which that worker had a part run again by those who are left, prompt and shown
+tokens together, as if it had been preempted: the tokens are the same, and none is shown twice. (A request that ends
+workers is an error: `_again`.) Every worker is a whole LLM, so where nobody of a role is left the others do its work.
+Each run has a number, and what is said of a number that has ended is not heard. A prefill worker has a gloo group with
+each decode worker, which breaks alone. When the front is dead, its workers see the end of their pipes and end at once,
+also in the middle of a step. A process that stands still (SIGSTOP) is not dead: it is waited for, until Ctrl-C.
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ if __name__ == "__main__":   # a worker process, which `Disaggregated` starts
     from distributed import work
     work(int(sys.argv[1]))
 
-import inspect
 import os
 import pickle
 import socket
@@ -64,7 +62,6 @@ from weakref import finalize
 from device import find_device, uninterrupted   # before torch
 
 import torch
-from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 from config import Config, read_config
@@ -77,8 +74,7 @@ from tokenizer import load_tokenizer
 
 @dataclass
 class Job:
-    """All that it takes to go on with a request elsewhere, but K and V. n continuations are one job until their prompt
-    is computed, and n jobs from then on."""
+    """What it takes to go on with a request elsewhere, but K and V. Its n continuations, too, until it has a token."""
     number: int                # of its run; further continuations have the next numbers
     prompt: list[int]
     params: bytes              # pickled: where nobody knows its logits_processor, this request fails, and no other
@@ -140,25 +136,18 @@ class Worker:
             self.llm.scheduler.usage = 0.0 if leave else 1.0
             self.leaving |= {request.output.id for request in siblings if leave}
 
-    def keep(self, number: int):
-        """Nobody takes this request, which was set aside: it stays."""
-        if number in self.told:
-            self.llm.scheduler.usage = 1.0
-            self._go_on(self.llm.requests[number])
-
     def offer(self, job: Job, source: int):
         """Go on with a request that another worker has, when there is room for it."""
         if self._requests(job):
             self.offers.append((job.number, source))
 
     def hand_over(self, number: int, target: int, skip: int):
-        """Send the blocks of a request that was set aside, all but so many. If it has gone, tell the other side, which
-        waits for it."""
+        """Send a request's blocks, all but so many. If it has gone, tell the other side, which waits for it."""
         blocks, link = None, self.links[target]
         if number in self.told:
             request, self.transfers[number] = self.llm.requests[number], target
             blocks = request.table.blocks[skip:self.llm.pool.blocks_for(request.computed)]
-        link.send(number, blocks)
+        link.orders.put((number, blocks))
         if link.broken:   # and nobody listens
             self.broken(target)
 
@@ -192,7 +181,7 @@ class Worker:
         """The link has broken: what was on its way is lost."""
         self.links[peer].broken = True
         for number in [number for number, other in self.transfers.items() if other == peer]:
-            self._lose(number)
+            self._forget(number, lost=True)
 
     # --- inside
 
@@ -203,7 +192,7 @@ class Worker:
             number, source = self.offers[0]
             request = self.llm.requests[number]
             if self.links[source].broken:
-                self._lose(number)
+                self._forget(number, lost=True)
                 continue
             computed, table = len(request.tokens) - 1, request.table
             names = pool.names(table, request.tokens, computed)
@@ -255,12 +244,8 @@ class Worker:
         scheduler.pool.commit(request.table, request.tokens, request.computed)
         insort(scheduler.running, request, key=lambda r: r.output.id)
 
-    def _lose(self, number: int):
-        self._forget(number)
-        self.tell("lost", number)
-
-    def _forget(self, number: int):
-        """Whoever is to go on with this request, it is not this worker."""
+    def _forget(self, number: int, lost: bool = False):
+        """Whoever is to go on with this request, it is not this worker. lost: nobody is yet."""
         self.llm.requests[number].output.finish_reason = "abort"
         self.llm._drop(self.llm.requests[number])
         self.offers = deque(offer for offer in self.offers if offer[0] != number)
@@ -268,6 +253,8 @@ class Worker:
         self.transfers.pop(number, None)
         self.leaving.discard(number)
         self.doomed.discard(number)
+        if lost:
+            self.tell("lost", number)
 
 
 class Link:
@@ -276,17 +263,14 @@ class Link:
     def __init__(self, pool, inbox: SimpleQueue, peer: int, name: str, port: int, sends: bool):
         """Returns when the peer is there, too. inbox: where the worker hears of what has gone or come. peer: the worker
         at the other end. name, port: of the store in which the two find each other."""
-        self.pool, self.inbox, self.peer = pool, inbox, peer
-        self.orders, self.blocks, self.broken = SimpleQueue(), {}, False   # blocks: run -> where its K and V go
+        self.pool, self.inbox, self.peer, self.broken = pool, inbox, peer, False
+        self.orders = SimpleQueue()   # (run, its blocks to send; None: it has gone, and the peer is told)
+        self.blocks: dict[int, list[int]] = {}   # run -> where its K and V go
         options = ProcessGroupGloo._Options()
         options._devices, options._timeout = [ProcessGroupGloo.create_device("127.0.0.1")], FOREVER
-        store = PrefixStore(name, TCPStore("127.0.0.1", port, is_master=False))
-        self.group = ProcessGroupGloo(store, int(sends), 2, options)
+        store = TCPStore("127.0.0.1", port, is_master=False)
+        self.group = ProcessGroupGloo(PrefixStore(name, store), int(sends), 2, options)
         threading.Thread(target=self._work, args=(self._send if sends else self._receive,), daemon=True).start()
-
-    def send(self, number: int, blocks: list[int] | None):
-        """In the order of the calls, while the worker goes on. None: there is nothing to send, and the peer is told."""
-        self.orders.put((number, blocks))
 
     def _work(self, task):
         try:
@@ -300,7 +284,8 @@ class Link:
         number, blocks = self.orders.get()
         self.group.send([torch.tensor([number, blocks is not None])], 0, 0).wait()
         for memory in self.pool.memory if blocks else ():
-            self.group.send([gather(memory, blocks).cpu()], 0, 0).wait()
+            piece = memory.index_select(2, torch.tensor(blocks, device=memory.device))   # blocks side by side
+            self.group.send([piece.cpu()], 0, 0).wait()
         self.inbox.put(("sent", number))
 
     def _receive(self):
@@ -311,19 +296,9 @@ class Link:
         for memory in self.pool.memory if there and blocks else ():
             piece = torch.empty([*memory.shape[:2], len(blocks), *memory.shape[3:]], dtype=memory.dtype)
             self.group.recv([piece], 1, 0).wait()
-            scatter(memory, blocks, piece)
+            memory.index_copy_(2, torch.tensor(blocks, device=memory.device), piece.to(memory.device))
             size += piece.nbytes
         self.inbox.put(("came", number, bool(there), size, time.perf_counter() - begin))
-
-
-def gather(memory: Tensor, blocks: list[int]) -> Tensor:
-    """Blocks of a memory [layers, heads, blocks, ...], side by side."""
-    return memory.index_select(2, torch.tensor(blocks, device=memory.device))
-
-
-def scatter(memory: Tensor, blocks: list[int], piece: Tensor):
-    """The other way round."""
-    memory.index_copy_(2, torch.tensor(blocks, device=memory.device), piece.to(memory.device))
 
 
 def work(descriptor: int):
@@ -401,8 +376,7 @@ class Process:
         code = self.process.wait()
         self.outbox.put(None)
         self.connection.close()
-        self.alive = False
-        self.end = self.end or why or (f"signal {-code}" if code < 0 else f"exit status {code}")
+        self.alive, self.end = False, self.end or why or (f"signal {-code}" if code < 0 else f"exit status {code}")
 
 
 def close_all(workers: list[Process]):
@@ -424,22 +398,19 @@ class Run:
 class Disaggregated(LLM, AbstractContextManager):
     """LLM's interface before processes for prompts and processes for decodes.
 
-    prefill, decode: how many there are of each. The other options are those of LLM, and hold for each process: each has
-    a pool of num_blocks. On a CPU they share threads and memory; several GPUs are taken in turn. `close()`, the end of
-    a `with` block or of the program ends the processes. There are no `logits` and no watchers.
-    Raises ValueError, in one sentence, for what an LLM refuses.
+    prefill, decode: how many there are of each. Other options are those of LLM and hold for each process: each has a
+    pool of num_blocks. On a CPU they share threads and memory; several GPUs are taken in turn. `close()`, the end of a
+    `with` block or of the program ends them. There are no `logits` and no watchers. Raises ValueError as LLM does.
     """
 
     def __init__(self, model: str | Path | Config, prefill: int = 1, decode: int = 1, device: str = "auto",
                  dtype: str = "auto", **options):
-        inspect.signature(LLM).bind(model, device, dtype, **options)   # TypeError for what LLM does not have
         for what, number in (("prefill", prefill), ("decode", decode)):
             if not is_int(number) or not 0 < number <= 64:
                 raise ValueError(f"{what} is {str(number)[:50]}: it must be a number of processes from 1 to 64")
-        if options.get("weights") is not None:
-            raise ValueError("weights cannot be shared between processes: leave them out")
-        if options.get("tensor_parallel_size", 1) != 1:
-            raise ValueError("each worker has a whole model, which tensor_parallel_size would cut: leave it out")
+        for name in ("weights", "tensor_parallel_size"):
+            if options.get(name) not in (None, 1):
+                raise ValueError(f"leave {name} out: each worker reads a whole model of its own")
         self.folder = None if isinstance(model, Config) else Path(model)
         self.config = c = read_config(self.folder) if self.folder else model
         self.tokenizer = load_tokenizer(self.folder) if self.folder else None
@@ -451,9 +422,8 @@ class Disaggregated(LLM, AbstractContextManager):
         self.waiting: list[list[Request]] = []    # siblings whom no worker has yet
         self.runs: dict[int, Run] = {}
         self.numbers: dict[Request, int] = {}     # of each one's run
-        self.next_id = self.next_number = 0
-        self.suspects: set[Request] = set()       # beside whom a worker has ended, until they bring a token
-        self.grown, self.stepping = {}, False
+        self.suspects: set[Request] = set()       # with whom a worker has ended, until they bring a token
+        self.next_id, self.next_number, self.grown, self.stepping = 0, 0, {}, False
         self.workers = [Process(i, "prefill" if i < prefill else "decode") for i in range(prefill + decode)]
         self.close = finalize(self, close_all, self.workers)
         try:
@@ -483,9 +453,8 @@ class Disaggregated(LLM, AbstractContextManager):
         self.answers = {}
         while missing := [worker for worker in self._alive() if worker not in self.answers]:
             self._hear(wait([worker.connection for worker in missing]))
-            for worker in self.workers if starting else ():
-                if not worker.alive:
-                    raise worker.error or RuntimeError(f"the {worker.role} worker ended before it had loaded the model")
+            if starting and (dead := next((worker for worker in self.workers if not worker.alive), None)):
+                raise dead.error or RuntimeError(f"the {dead.role} worker ended before it had loaded the model")
         return [self.answers[worker] for worker in self._alive()]
 
     def __exit__(self, *error):
@@ -513,8 +482,7 @@ class Disaggregated(LLM, AbstractContextManager):
     def _drop(self, request: Request):
         del self.requests[request.output.id]
         self.suspects.discard(request)
-        if request in self.numbers:
-            self._end_run(request)
+        self._end_run(request)
 
     def logits(self, prompt: str | list[int]):
         raise ValueError("Disaggregated has no logits, as the model is in other processes: use LLM")
@@ -524,9 +492,8 @@ class Disaggregated(LLM, AbstractContextManager):
         which they travelled."""
         for worker in self._alive():
             worker.tell("stats")
-        answers = self._answers(starting=False)
         total = dict(moving=sum(run.target is not None for run in self.runs.values()))
-        for answer, in answers:
+        for answer, in self._answers(starting=False):
             total |= {name: total.get(name, 0) + number for name, number in answer.items()}
         return total
 
@@ -537,10 +504,9 @@ class Disaggregated(LLM, AbstractContextManager):
 
     @uninterrupted
     def _assign(self):
-        for worker in self.workers:
-            if not worker.alive:
-                self._again(worker)
-        waiting, self.waiting = self.waiting, []
+        for dead in [worker for worker in self.workers if not worker.alive]:
+            self._again(dead)
+        waiting, self.waiting = sorted(self.waiting, key=lambda siblings: siblings[0].output.id), []
         for siblings in waiting:
             if siblings[0] in self.suspects and not self.suspects.isdisjoint(self.numbers):
                 self.waiting.append(siblings)   # one at a time
@@ -548,26 +514,24 @@ class Disaggregated(LLM, AbstractContextManager):
                 self._place(siblings)
 
     def _again(self, dead: Process):
-        """Run again what the worker had, in the order of arrival and under new numbers, but for who has ended it.
-
-        If it has ended by itself, in a logits_processor, that request is an error. Others that it had begun with are
-        suspects until they bring a token: they run one at a time, and who ends a second worker is an error. Not saved:
-        the others, if the last worker dies of a prompt; nor a suspect whose second worker dies of something else.
-        """
-        had = sorted((r.request.output.id, number) for number, r in self.runs.items() if dead in (r.worker, r.target))
-        again, killed = [], dead.error or dead.end in ("closed", "signal 9", "signal 15")
-        for number in (number for _, number in had if number in self.runs):
-            request, tried = self.runs[number].request, self.runs[number].tried
-            if tried and number == dead.at and request.params.logits_processor and not killed:
+        """Run again what the worker had, but for who has ended it: a request in whose logits_processor it ended by
+        itself. Others that it had begun with are suspects until they bring a token: they run one at a time, and whose
+        second worker ends is an error, too. Not saved: the rest, if the last worker dies of a prompt, nor a suspect
+        whose second worker dies of something else."""
+        killed = dead.error or dead.end in ("closed", "signal 9", "signal 15")
+        for number, run in list(self.runs.items()):
+            request = run.request
+            if dead not in (run.worker, run.target) or number not in self.runs:
+                continue   # or another sample of it has failed
+            if run.tried and number == dead.at and request.params.logits_processor and not killed:
                 self._fail(request, f"a worker process has ended ({dead.end}) in its logits_processor: mend it")
-            elif tried and request in self.suspects:
+            elif run.tried and request in self.suspects:
                 self._fail(request, f"two worker processes have ended before its next token (the second: {dead.end}): "
                                     "run it alone in an LLM to see why")
             else:
                 self._end_run(request)
-                self.suspects |= {request} if tried else set()
-                again.append([request])
-        self.waiting = again + self.waiting
+                self.waiting.append([request])
+                self.suspects |= {request} if run.tried else set()
 
     def _place(self, requests: list[Request], stay: bool = False):
         """Give a prompt and its continuations, or one that has begun, to who has the fewest tokens to compute before
@@ -590,7 +554,7 @@ class Disaggregated(LLM, AbstractContextManager):
         """To the decode worker whose requests may come to need the fewest blocks."""
         workers, loads = self._alive("decode"), Counter()
         if not workers:
-            return run.worker.tell("keep", number)
+            return self._on_lost(run.worker, number)
         for other in self.runs.values():
             loads[other.target or other.worker] += -(-other.request.max_length // self.pool.block_size)
         run.target = min(workers, key=loads.__getitem__)
@@ -602,9 +566,9 @@ class Disaggregated(LLM, AbstractContextManager):
                    [request.key for request in requests], out.token_ids, first.max_length, counts_of(out))
 
     def _end_run(self, request: Request):
-        number = self.numbers.pop(request)
-        run = self.runs.pop(number)
-        for worker in filter(None, (run.worker, run.target)):
+        number = self.numbers.pop(request, None)
+        run = self.runs.pop(number, None)   # None: no worker has it
+        for worker in filter(None, (run.worker, run.target) if run else ()):
             worker.tell("abort", number)   # if it does not know yet
 
     def _fail(self, request: Request, error: str):

@@ -336,7 +336,7 @@ class LLM:
         for what, value in (("block_size", block_size), ("num_blocks", num_blocks),
                             ("max_batched_tokens", max_batched_tokens), ("max_seqs", max_seqs),
                             ("num_speculative_tokens", num_speculative_tokens),
-                            ("tensor_parallel_size", tensor_parallel_size)):
+                            ("tensor_parallel_size", tensor_parallel_size), ("processes", processes)):
             if value is not None and (not is_int(value) or not 0 < value < 2 ** 31):
                 raise ValueError(f"{what} is {str(value)[:50]}: it must be a whole number from 1 to 2147483647")
         kernels.check(attention, self.device, DTYPES[self.dtype], *c.attended)
