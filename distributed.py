@@ -211,7 +211,7 @@ class Worker:
     def _requests(self, job: Job) -> list[Request]:
         """The job's requests as they are known here; none if their parameters cannot be read."""
         numbers = range(job.number, job.number + len(job.keys))
-        self.tell("at", *numbers)
+        self.tell("at", *numbers, -1)
         try:
             params = pickle.loads(job.params)
         except Exception as error:   # a stranger's function
@@ -234,7 +234,9 @@ class Worker:
 
     def _call(self, number: int, stranger, *arguments):
         self.tell("at", number)   # it can end this process: then the front knows whose it is
-        return stranger(*arguments)
+        logits_V = stranger(*arguments)
+        self.tell("at", -1)
+        return logits_V
 
     def _go_on(self, request: Request):
         """It runs here from now on, in the order of arrival: K and V of all its tokens but the last are here."""
@@ -514,10 +516,10 @@ class Disaggregated(LLM, AbstractContextManager):
                 self._place(siblings)
 
     def _again(self, dead: Process):
-        """Run again what the worker had, but for who has ended it: a request in whose logits_processor it ended by
-        itself. Others that it had begun with are suspects until they bring a token: they run one at a time, and whose
-        second worker ends is an error, too. Not saved: the rest, if the last worker dies of a prompt, nor a suspect
-        whose second worker dies of something else."""
+        """Run again what the worker had. If it was killed, no request is to blame. If it ended by itself, in a
+        logits_processor, that request is an error. Else those that it had begun with are suspects until they bring a
+        token: they run one at a time, and whose second worker ends by itself is an error, too. Not saved: the rest, if
+        the last worker dies of a prompt, or if the system kills for want of memory whoever takes it."""
         killed = dead.error or dead.end in ("closed", "signal 9", "signal 15")
         for number, run in list(self.runs.items()):
             request = run.request
@@ -525,13 +527,13 @@ class Disaggregated(LLM, AbstractContextManager):
                 continue   # or another sample of it has failed
             if run.tried and number == dead.at and request.params.logits_processor and not killed:
                 self._fail(request, f"a worker process has ended ({dead.end}) in its logits_processor: mend it")
-            elif run.tried and request in self.suspects:
+            elif run.tried and request in self.suspects and not killed:
                 self._fail(request, f"two worker processes have ended before its next token (the second: {dead.end}): "
                                     "run it alone in an LLM to see why")
             else:
                 self._end_run(request)
                 self.waiting.append([request])
-                self.suspects |= {request} if run.tried else set()
+                self.suspects |= {request} if run.tried and not killed else set()
 
     def _place(self, requests: list[Request], stay: bool = False):
         """Give a prompt and its continuations, or one that has begun, to who has the fewest tokens to compute before
