@@ -350,7 +350,7 @@ class Process:
     alive: bool = True
     end: str = ""      # why it has ended
     error: Exception | None = None
-    at: int = -1       # the run that it has begun something with last: a prompt, or a call of a logits_processor
+    at: int = -1       # the run in whose logits_processor it is; -1: in none
     process: subprocess.Popen | None = None
 
     def start(self, threads: int):
