@@ -633,7 +633,7 @@ def show_losses(engines: dict[str, LLM], stories: list[list[int]], demo: bool):
 
 DRAFTS = 0, 1, 2, 4, 8
 SURE = 0.8          # how often a draft is right that is made to be right so often
-TURN = 4            # steps, of each of those who take turns in the same texts
+TURN = 4            # steps of an engine, before it is another one's turn
 REPEATED = 24       # tokens of its own answer, at the end of the prompt that n-grams go on from
 
 
@@ -833,7 +833,8 @@ def show_pair(device: torch.device, dtype: str):
     plain, prompts = beside(llm), [llm.tokenizer.encode(text) for text in first_sentences(16)]
     drafters = {f"demo/{folder.name}": llm.speculator.drafter, "n-grams": NgramDrafter()}
     rows, rules = {name: [] for name in drafters}, {name: [] for name in drafters}
-    for B, steps in ((1, 60), (4, 60), (16, 60)):
+    steps = 60
+    for B in (1, 4, 16):
         progress(f"demo/llama, batch {B}")
         measures = []
         for drafter in drafters.values():
@@ -859,7 +860,7 @@ def show_oracle(llm: LLM, what: str) -> tuple:
         progress(f"{what}, batch {B}")
         prompts = [random_prompt(llm.config, n) for _ in range(B)]
         llm.speculator = forced(NgramDrafter(), max(DRAFTS))   # the same text sooner
-        outs = llm.generate(prompts, SamplingParams(max_tokens=6 * (2 * WARM + 2 * steps), ignore_eos=True))
+        outs = llm.generate(prompts, SamplingParams(max_tokens=6 * (WARM + steps), ignore_eos=True))
         texts = [prompt + out.token_ids for prompt, out in zip(prompts, outs)]
         easy, wrong = (Oracle(texts, n, right, llm.config.V) for right in (SURE, 0.0))
         measures = [partial(run_drafts, llm, forced(easy, count), prompts, steps) for count in DRAFTS]

@@ -211,7 +211,7 @@ class Worker:
     def _requests(self, job: Job) -> list[Request]:
         """The job's requests as they are known here; none if their parameters cannot be read."""
         numbers = range(job.number, job.number + len(job.keys))
-        self.tell("at", *numbers, -1)
+        self.tell("trying", *numbers)
         try:
             params = pickle.loads(job.params)
         except Exception as error:   # a stranger's function
@@ -444,7 +444,7 @@ class Disaggregated(LLM, AbstractContextManager):
             worker.tell(model, options | dict(device=f"cuda:{worker.rank % gpus}" if gpus else device))
         sizes, block_sizes, max_seqs = zip(*self._answers())
         self.pool = SimpleNamespace(num_blocks=min(sizes), block_size=block_sizes[0])   # what holds for each of them
-        self.scheduler = SimpleNamespace(max_seqs=min(max_seqs))
+        self.scheduler = SimpleNamespace(max_seqs=min(max_seqs), remove=lambda request: None)   # workers have queues
         for worker in self.workers:   # each in order of rank, so that nobody waits for who waits for it
             worker.tell(*((peer.rank, str(sorted((peer.rank, worker.rank))), store.port, worker.role == "prefill")
                           for peer in self.workers if peer.role != worker.role))
@@ -482,7 +482,7 @@ class Disaggregated(LLM, AbstractContextManager):
             self._hear(wait([worker.connection for worker in self._alive()]))   # Ctrl-C may end the waiting
 
     def _drop(self, request: Request):
-        del self.requests[request.output.id]
+        super()._drop(request)
         self.suspects.discard(request)
         self._end_run(request)
 
@@ -520,20 +520,21 @@ class Disaggregated(LLM, AbstractContextManager):
         logits_processor, that request is an error. Else those that it had begun with are suspects until they bring a
         token: they run one at a time, and whose second worker ends by itself is an error, too. Not saved: the rest, if
         the last worker dies of a prompt, or if the system kills for want of memory whoever takes it."""
-        killed = dead.error or dead.end in ("closed", "signal 9", "signal 15")
+        by_itself = not dead.error and dead.end not in ("closed", "signal 9", "signal 15")
         for number, run in list(self.runs.items()):
             request = run.request
             if dead not in (run.worker, run.target) or number not in self.runs:
                 continue   # or another sample of it has failed
-            if run.tried and number == dead.at and request.params.logits_processor and not killed:
+            if by_itself and number == dead.at:
                 self._fail(request, f"a worker process has ended ({dead.end}) in its logits_processor: mend it")
-            elif run.tried and request in self.suspects and not killed:
+            elif by_itself and run.tried and request in self.suspects:
                 self._fail(request, f"two worker processes have ended before its next token (the second: {dead.end}): "
                                     "run it alone in an LLM to see why")
             else:
                 self._end_run(request)
                 self.waiting.append([request])
-                self.suspects |= {request} if run.tried and not killed else set()
+                if by_itself and run.tried:
+                    self.suspects.add(request)
 
     def _place(self, requests: list[Request], stay: bool = False):
         """Give a prompt and its continuations, or one that has begun, to who has the fewest tokens to compute before
@@ -593,10 +594,14 @@ class Disaggregated(LLM, AbstractContextManager):
             except (EOFError, OSError):
                 worker.close()   # `_assign` sees it
 
-    def _on_at(self, worker: Process, *numbers: int):
-        for worker.at in numbers:
-            if worker.at in self.runs:
-                self.runs[worker.at].tried = True
+    def _on_trying(self, worker: Process, *numbers: int):
+        for number in numbers:
+            if number in self.runs:
+                self.runs[number].tried = True
+
+    def _on_at(self, worker: Process, number: int):
+        worker.at = number
+        self._on_trying(worker, number)
 
     def _on_grown(self, worker: Process, grown: list[tuple]):
         now = time.perf_counter()

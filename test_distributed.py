@@ -399,6 +399,28 @@ def test_who_ends_workers_is_an_error_and_nobody_else(lone, monkeypatch, process
         check_nothing_is_left(front)
 
 
+def fails_third(token_ids, logits_V):
+    if len(token_ids) == 2:
+        raise RuntimeError("no third token")
+    return logits_V
+
+
+@pytest.mark.parametrize("how", ["abort", "error"])
+def test_text_that_is_held_back_is_not_lost_when_the_request_is(monkeypatch, how):
+    front = make_front(monkeypatch, World(random.Random(1), 0), HERE / "demo/llama", 1, 1, num_blocks=40)
+    text = front.generate("The cat sat", SamplingParams(max_tokens=2))[0].text
+    params = SamplingParams(stop=text + "...", logits_processor=fails_third if how == "error" else None)
+    out = front.requests[front.add("The cat sat", params)].output
+    while len(out.token_ids) < 2:
+        front.step()
+    assert out.text == "" and not out.finish_reason
+    if how == "abort":
+        front.abort(out.id)
+    while not out.finish_reason:
+        front.step()
+    assert (out.text, out.finish_reason) == (text, how)
+
+
 def test_after_close_everything_ends_in_one_sentence(lone, monkeypatch):
     folder, prompts, expected = lone["llama"]
     front = make_front(monkeypatch, World(random.Random(1), 0), folder, 1, 1, block_size=8, num_blocks=40)
