@@ -634,6 +634,8 @@ def show_losses(engines: dict[str, LLM], stories: list[list[int]], demo: bool):
 DRAFTS = 0, 1, 2, 4, 8
 SURE = 0.8          # how often a draft is right that is made to be right so often
 TURN = 4            # steps of an engine, before it is another one's turn
+PROMPT = 8          # tokens of the prompts that the oracle knows
+RULED = 7           # turns of off and on: it is about 5%, and neighbours make a turn of a tiny model differ by that
 REPEATED = 24       # tokens of its own answer, at the end of the prompt that n-grams go on from
 
 
@@ -836,15 +838,12 @@ def show_pair(device: torch.device, dtype: str):
     steps = 60
     for B in (1, 4, 16):
         progress(f"demo/llama, batch {B}")
-        measures = []
-        for drafter in drafters.values():
-            measures += [partial(run_drafts, llm, forced(drafter, n), prompts[:B], steps) for n in DRAFTS]
-            measures.append(partial(run_ways, off_and_on(plain, llm, drafter), prompts[:B], steps))
-        columns = iter(in_turns(measures, 3))
-        for name in drafters:
-            *runs, ruled = itertools.islice(columns, len(DRAFTS) + 1)
+        for name, drafter in drafters.items():
+            runs = in_turns([partial(run_drafts, llm, forced(drafter, n), prompts[:B], steps) for n in DRAFTS], 3)
             rows[name] += draft_rows(name, B, runs)
-            rules[name].append(rule_row(f"batch {B}, {name}", ruled))
+        ways = [partial(run_ways, off_and_on(plain, llm, drafter), prompts[:B], steps) for drafter in drafters.values()]
+        for name, turns in zip(drafters, in_turns(ways, RULED)):
+            rules[name].append(rule_row(f"batch {B}, {name}", turns))
     print_drafts(f"demo/llama in {llm.dtype}", sum(rows.values(), []), sum(rules.values(), []),
                  "Stories, greedy.")
 
@@ -854,25 +853,21 @@ def show_oracle(llm: LLM, what: str) -> tuple:
 
     It gives what was found at batch 1: the cost of verifying 4 drafts, the gain of 4 drafts, and that of n-grams on an
     answer that repeats its prompt; "-" for what the turns do not agree on."""
-    plain, rows, rules, found, n = beside(llm), [], [], (), 8
+    plain, rows, rules, found = beside(llm), [], [], ()
     slow = llm.device.type == "cpu" and layer_weights(llm.config) > 5e8   # a second per step at batch 16
     for B, steps in ((1, 16),) if slow else ((1, 16), (4, 8), (16, 4)):
         progress(f"{what}, batch {B}")
-        prompts = [random_prompt(llm.config, n) for _ in range(B)]
-        llm.speculator = forced(NgramDrafter(), max(DRAFTS))   # the same text sooner
-        outs = llm.generate(prompts, SamplingParams(max_tokens=6 * (WARM + steps), ignore_eos=True))
-        texts = [prompt + out.token_ids for prompt, out in zip(prompts, outs)]
-        easy, wrong = (Oracle(texts, n, right, llm.config.V) for right in (SURE, 0.0))
-        measures = [partial(run_drafts, llm, forced(easy, count), prompts, steps) for count in DRAFTS]
-        for drafter in (easy, wrong):
-            measures.append(partial(run_ways, off_and_on(plain, llm, drafter), prompts, steps))
-        repeating = [text[:n + REPEATED] for text in texts]
-        measures.append(partial(run_ways, off_and_on(plain, llm, NgramDrafter()), repeating, steps))
-        columns = in_turns(measures, 3)
-        runs, ruled = columns[:len(DRAFTS)], columns[len(DRAFTS):]
+        texts = sure_texts(llm, B, 6 * (WARM + steps))
+        prompts = [text[:PROMPT] for text in texts]
+        easy, wrong = (Oracle(texts, PROMPT, right, llm.config.V) for right in (SURE, 0.0))
+        runs = in_turns([partial(run_drafts, llm, forced(easy, n), prompts, steps) for n in DRAFTS], 3)
         rows += draft_rows("drafts", B, runs)
-        names = f"right with {SURE}", "always wrong", "n-grams, repeating"
-        rules += [rule_row(f"batch {B}, {name}", turns) for name, turns in zip(names, ruled)]
+        repeating = [text[:PROMPT + REPEATED] for text in texts]
+        ways = {f"right with {SURE}": (easy, prompts), "always wrong": (wrong, prompts),
+                "n-grams, repeating": (NgramDrafter(), repeating)}
+        turns = in_turns([partial(run_ways, off_and_on(plain, llm, drafter), begun, steps)
+                          for drafter, begun in ways.values()], RULED)
+        rules += [rule_row(f"batch {B}, {name}", turn) for name, turn in zip(ways, turns)]
         if B == 1:
             row = rows[DRAFTS.index(4)]
             found = row[4], row[-1], rules[-1][-1]
@@ -883,6 +878,19 @@ def show_oracle(llm: LLM, what: str) -> tuple:
         f"end with the first {REPEATED} tokens of their own answer, and the answer goes on so. (llama-1b does not "
         "repeat itself: there n-grams find nothing to propose.)", 100))
     return found
+
+
+def sure_texts(llm: LLM, B: int, n: int) -> list[list[int]]:
+    """Prompts with n more tokens each, the same with any number of drafts. Of two tokens that random weights find about
+    as likely rounding takes one, above all in INT8, and no oracle could know which."""
+    texts, params = [], SamplingParams(max_tokens=n, ignore_eos=True)
+    while len(texts) < B:
+        prompts, written = [random_prompt(llm.config, PROMPT) for _ in range(B - len(texts))], []
+        for count in DRAFTS:
+            llm.speculator = forced(NgramDrafter(), count)
+            written.append([out.token_ids for out in llm.generate(prompts, params)])
+        texts += [prompt + one for prompt, one, *more in zip(prompts, *written) if more == [one] * len(more)]
+    return texts
 
 
 # ---------------------------------------------------------------------------------------------

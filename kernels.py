@@ -45,6 +45,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from batch import SHORT, Batch, Chunk, make_batch   # noqa: F401, forks import the last two from here
 from device import jit, load_triton
+from paged_kv import quantize_kv
 
 LOG2E = 1.4426950408889634   # exp(x) = exp2(x * LOG2E), and exp2 is one instruction
 triton = tl = INTERPRETED = None   # until `load_triton`
@@ -97,18 +98,6 @@ def write_kv_torch(k_TKD: Tensor, v_TKD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor,
         pool_KNSD.flatten(1, 2)[:, slots_T] = x_TKD.transpose(0, 1)
 
 
-def quantize_kv(x_TKD: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [T, K, D] and float32 scales [T, K]: x is about byte * scale, with the scale largest |x| / 127 of its row.
-
-    A row depends on no other, so what a token leaves behind does not depend on who is in its batch. A row of zeros has
-    the scale 0. One with a NaN or an infinity has the scale NaN: whatever reads it becomes NaN, as it should.
-    """
-    x_TKD = x_TKD.float()
-    most_TK1 = x_TKD.abs().amax(-1, keepdim=True)
-    bytes_TKD = (x_TKD / most_TK1 * 127).nan_to_num().round().to(torch.int8)   # 0 / 0 gives 0
-    return bytes_TKD, (most_TK1 / 127).where(most_TK1 < torch.inf, torch.nan).squeeze(-1)
-
-
 # ---------------------------------------------------------------------------------------------
 # PyTorch, any device
 
@@ -120,6 +109,10 @@ def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
     What a decode costs is reading K and V once, so a long one is read in place: its blocks, if they are neighbours in
     the pool, are one view [K, keys, D]. Other keys are gathered first. Short decodes share a call: two products around
     a softmax, which for a row per head take less time than the fused kernel. A verification is n rows in place of one.
+
+    An INT8 model rounds what comes out, and a sum that differs in its last bit may become another whole number. With
+    `batch.exact` a decode gets the same bits beside others as alone: its own length decides how it is computed, and
+    the two products add up in the same order if the number of keys, with those that are hidden, is a multiple of WHOLE.
 
     The fused kernel cannot read bytes either: what a call reads of a pool of int8 is widened first. So on a CPU INT8
     saves memory and mostly no time (`python bench.py quantization`: a step is 0.7 to 1.1 times as fast as in float32).
@@ -139,8 +132,10 @@ def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
                                                   is_causal=call.mask is None)
             return o_KGTD.permute(2, 0, 1, 3).flatten(1, 2)
         q_BKRD = q_TKGD if n == 1 else q_TKGD.unflatten(0, (-1, n)).transpose(1, 2).flatten(2, 3)   # R = n x G
-        if len(k_BKTD) > 1:
-            o_BKRD = torch.matmul(q_BKRD * scale, k_BKTD.mT).add_(call.mask).softmax(-1) @ v_BKTD
+        if call.shared:
+            q_bRD, k_bTD, v_bTD = (x.flatten(0, 1) for x in (q_BKRD, k_BKTD, v_BKTD))   # b = B x K
+            weights_bRT = torch.baddbmm(call.mask, q_bRD, k_bTD.mT, alpha=scale).softmax(-1)
+            o_BKRD = (weights_bRT @ v_bTD).view(q_BKRD.shape)
         else:
             o_BKRD = scaled_dot_product_attention(q_BKRD, k_BKTD, v_BKTD, call.mask, scale=scale)
         return (o_BKRD if n == 1 else o_BKRD.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)).flatten(1, 2)
@@ -160,6 +155,7 @@ class Call(NamedTuple):
     tokens: int              # of each short chunk; 0: it is a longer one
     keys: slice | Tensor     # where their keys are: neighbouring slots, or rows [B, K, keys] of the pool as [K N S, D]
     mask: Tensor | None      # added to the scores; None: a decode sees all keys, a prompt's token those up to its own
+    shared: bool = False     # two products in place of the fused kernel; then the mask is [B K, rows, keys]
 
     def read(self, pool_KNSD: Tensor) -> Tensor:
         """Their K or V, [B, K, keys, D], or the scales of these as [K, N, S, 1]."""
@@ -169,6 +165,7 @@ class Call(NamedTuple):
         return torch.index_select(pool_KNSD.view(-1, D), 0, self.keys.view(-1)).view(*self.keys.shape, D)
 
 
+WHOLE = 16           # a shared call has a multiple of so many keys
 IN_PLACE = 400_000   # bytes of K and V. To gather fewer takes less than the 15 us of a call of their own
 
 
@@ -184,9 +181,10 @@ def plan_torch(batch: Batch, H: int, k_KNSD: Tensor, window: int | None, dtype: 
     many = IN_PLACE // (2 * K * D * k_KNSD.element_size())
     for b, chunk in enumerate(batch.chunks):
         n, count = len(chunk.tokens), batch.lens[b] - first_key(batch, b, window)
-        alone = n > SHORT or k_KNSD.dtype == torch.float32 and count > many and in_place(batch, b, window, S)
-        groups[n, -b if alone else max(7, count.bit_length())].append(b)
-    return [plan_call(batch, H, k_KNSD, some, window, dtype) for some in groups.values()]
+        long = k_KNSD.dtype == torch.float32 and count > many and (batch.exact or in_place(batch, b, window, S))
+        groups[n, -b if n > SHORT or long else max(7, count.bit_length())].append(b)
+    return [plan_call(batch, H, k_KNSD, some, len(some) > 1 or batch.exact and size > 0, window, dtype)
+            for (_, size), some in groups.items()]
 
 
 def first_key(batch: Batch, b: int, window: int | None) -> int:
@@ -203,7 +201,7 @@ def in_place(batch: Batch, b: int, window: int | None, S: int) -> slice | None:
         return slice(slot, slot + stop - first)
 
 
-def plan_call(batch: Batch, H: int, k_KNSD: Tensor, requests: list[int], window: int | None,
+def plan_call(batch: Batch, H: int, k_KNSD: Tensor, requests: list[int], shared: bool, window: int | None,
               dtype: torch.dtype) -> Call:
     """One call for these short chunks of as many tokens each, or for this one longer chunk.
 
@@ -217,12 +215,13 @@ def plan_call(batch: Batch, H: int, k_KNSD: Tensor, requests: list[int], window:
         rows = slice(batch.starts[b], batch.starts[b + len(requests)])
     else:
         rows = torch.tensor([batch.starts[b] + t for b in requests for t in range(n)], device=device)
-    slots = in_place(batch, b, window, S) if len(requests) == 1 else None
+    slots = None if shared else in_place(batch, b, window, S)
     if slots and not bias and (n == 1 or not short and batch.chunks[b].start == 0 and not window):
         return Call(rows, n * short, slots, None)
 
     firsts = [first_key(batch, b, window) for b in requests]
     most = max(batch.lens[b] - first for b, first in zip(requests, firsts))
+    most = -(-most // WHOLE) * WHOLE if shared else most
     keys_BT = torch.tensor(firsts, device=device)[:, None] + torch.arange(most, device=device)
     distance = batch.positions_T[rows].view(len(requests), 1, 1, -1, 1) - keys_BT[:, None, None, None]
     heads = torch.arange(H, device=device).view(1, K, -1, 1, 1)
@@ -235,7 +234,8 @@ def plan_call(batch: Batch, H: int, k_KNSD: Tensor, requests: list[int], window:
     keys_BT = keys_BT.minimum(batch.kv_lens[requests, None] - 1)
     tables_BM = batch.block_tables_UM[batch.table_rows[requests], :-(-max(batch.lens[b] for b in requests) // S)]
     slots_BT = tables_BM.gather(1, keys_BT // S) * S + keys_BT % S
-    return Call(rows, n * short, slots_BT[:, None] + torch.arange(0, K * N * S, N * S, device=device)[:, None], mask)
+    keys_BKT = slots_BT[:, None] + torch.arange(0, K * N * S, N * S, device=device)[:, None]
+    return Call(rows, n * short, keys_BKT, mask.expand(-1, K, n * H // K, -1).flatten(0, 1) if shared else mask, shared)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class Model:
         self.config, self.weights = config, weights
         self.backend, self.attention, self.write_kv = attention, ATTENTION[attention], WRITE_KV[attention]
         self.device = weights["embedding"][0].weight.device
+        self.exact = weights["out"][0].weight.dtype == torch.int8   # rounds what attention gives
         if config.qk_norm:   # one weight per head: q's for each query head, then k's for each KV head
             q_and_k = [part.weight.split(config.D) for part in weights["qk_norm"]]
             self.qk_norm = [torch.cat([q.expand(config.H, -1), k.expand(config.K, -1)]) for q, k in q_and_k]
@@ -63,6 +64,7 @@ class Model:
     def __call__(self, batch: Batch, memory: KVMemory) -> Tensor:
         """Run the batch's T tokens, leave their K and V in memory; logits float32 [len(batch.logit_rows), V]."""
         c, w, gated = self.config, self.weights, self.config.family != "gpt2"
+        batch.exact = self.exact
         layers = list(zip(*(tensor.unbind() for tensor in memory.memory)))   # K, V, and in INT8 the scales of both
         x_TE, turns_T1P = rows(batch.tokens_T, w["embedding"][0]), None
         if c.rope:

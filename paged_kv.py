@@ -67,6 +67,18 @@ class KVMemory:
             memory[:, :, other] = memory[:, :, block]
 
 
+def quantize_kv(x_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 [T, K, D] and float32 scales [T, K]: x is about byte * scale, with the scale largest |x| / 127 of its row.
+
+    A row depends on no other, so what a token leaves behind does not depend on who is in its batch. A row of zeros has
+    the scale 0. One with a NaN or an infinity has the scale NaN: whatever reads it becomes NaN, as it should.
+    """
+    x_TKD = x_TKD.float()
+    most_TK1 = x_TKD.abs().amax(-1, keepdim=True)
+    bytes_TKD = (x_TKD / most_TK1 * 127).nan_to_num().round().to(torch.int8)   # 0 / 0 gives 0
+    return bytes_TKD, (most_TK1 / 127).where(most_TK1 < torch.inf, torch.nan).squeeze(-1)
+
+
 class KVPool(KVMemory):
     """Blocks, and who holds which.
 

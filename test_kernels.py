@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import kernels
 from batch import EMPTY, IDLE, Chunk, Graphs, make_batch
 from paged_kv import BlockTable, KVPool
-from reference import repeat
+from reference import keeps_the_order_of_sums, repeat
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,6 +110,30 @@ def test_kernel_equals_dense_attention(poisoned, backend, requests, heads, D, S,
         expected = dense_attention(q[rows, :H].double().numpy(), k, v, scale, window, slopes)
         tolerance = 1e-5 if dtype == torch.float32 else 4e-3
         np.testing.assert_allclose(out[rows], expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or not keeps_the_order_of_sums(), reason="sums depend on what is beside them here")
+@settings(max_examples=60)
+@given(requests=st.lists(st.tuples(st.sampled_from([1, 1, 1, 5]), st.integers(0, 150)), min_size=1, max_size=8),
+       heads=st.sampled_from([(4, 4), (6, 2), (9, 3), (5, 1)]), D=st.sampled_from([16, 64]), S=st.sampled_from([4, 16]),
+       window=st.one_of(st.none(), st.integers(1, 150)), long=st.sampled_from([30, 90]), int8=st.booleans(), seed=st.integers(0, 99))
+def test_exact_attention_has_the_same_bits_in_any_company(poisoned, requests, heads, D, S, window, long, int8, seed):
+    """Alone a request's blocks are neighbours, beside others they are not."""
+    (H, K), requests = heads, sorted(requests, key=lambda request: request[0])
+    chunks, _, *pools = paged(requests, S, K, D, torch.float32, seed, int8=int8)
+    q_THD = torch.from_numpy(np.random.default_rng(seed + 1).standard_normal((sum(n for n, _ in requests), H, D))).float()
+
+    def attend(q_THD, pools, chunks):
+        batch = make_batch(chunks, S, DEVICE)
+        batch.exact = True
+        return kernels.attention_torch(q_THD, *pools[:2], batch, 0.3, window, *pools[2:])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "IN_PLACE", long * 2 * K * D * 4)
+        together = attend(q_THD, pools, chunks).split([n for n, _ in requests])
+        for chunk, rows, expected in zip(chunks, q_THD.split([n for n, _ in requests]), together):
+            own = [pool[:, chunk.blocks] for pool in pools]
+            assert attend(rows, own, [Chunk(chunk.tokens, chunk.start, list(range(len(chunk.blocks))))]).equal(expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

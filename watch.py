@@ -278,6 +278,7 @@ def describe_attention(llm: LLM, chunks: list[Chunk]) -> Iterator[str]:
     """Which calls or launches serve a step's chunks in a layer, and why these; for each window that layers have."""
     c, pool, device, dtype, G = llm.config, llm.pool, llm.device, DTYPES[llm.dtype], llm.config.H // llm.config.K
     batch = make_batch(chunks, pool.block_size, device, pool.block_tables_UM)
+    batch.exact = llm.model.exact
     if c.latent:
         yield from describe_latents(llm, batch)
         return
@@ -297,9 +298,9 @@ def describe_attention(llm: LLM, chunks: list[Chunk]) -> Iterator[str]:
                         else f"{count} short chunk{'s' * (count > 1)} of {n} tokens, which read{'s' * (count == 1)} "
                              f"the keys as a decode does, {c.K} KV heads, {n} x {G} query rows each" if n
                         else f"prefill, {c.K} KV heads, {rows} x {G} query rows each")
-                where = ("in place (neighbouring blocks)" if in_place else "gathered (scattered blocks)"
-                         if count == 1 else "gathered, padded to the longest: one for all")
-                how = "two products around a softmax" if count > 1 else "one fused call"
+                where = ("in place (neighbouring blocks)" if in_place else "gathered, padded to the longest"
+                         f" and to a multiple of {kernels.WHOLE}" if call.shared else "gathered (scattered blocks)")
+                how = "two products around a softmax" if call.shared else "one fused call"
                 yield f"{of}{how} per layer: {what}; {length} keys, {where}"
         else:
             if few := [len(chunk.tokens) for chunk in chunks if len(chunk.tokens) <= SHORT]:
