@@ -65,7 +65,7 @@ class Batch:
     chunks: list[Chunk]
     starts: list[int]          # query_starts, for Python
     lens: list[int]            # kv_lens, for Python
-    exact: bool = False        # whether a decode's attention must be the same to the last bit, whoever is beside it
+    exact: bool = False        # attention is the same to the last bit, whoever is beside a decode or a short chunk
     kept: dict = field(default_factory=dict)     # see `once`
     tables: dict = field(default_factory=dict)   # see `table`
 

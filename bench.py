@@ -857,7 +857,7 @@ def show_oracle(llm: LLM, what: str) -> tuple:
     slow = llm.device.type == "cpu" and layer_weights(llm.config) > 5e8   # a second per step at batch 16
     for B, steps in ((1, 16),) if slow else ((1, 16), (4, 8), (16, 4)):
         progress(f"{what}, batch {B}")
-        texts = sure_texts(llm, B, 6 * (WARM + steps))
+        texts = sure_texts(llm, min(B, 4), 6 * (WARM + steps)) * max(1, B // 4)
         prompts = [text[:PROMPT] for text in texts]
         easy, wrong = (Oracle(texts, PROMPT, right, llm.config.V) for right in (SURE, 0.0))
         runs = in_turns([partial(run_drafts, llm, forced(easy, n), prompts, steps) for n in DRAFTS], 3)

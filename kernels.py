@@ -111,7 +111,7 @@ def attention_torch(q_THD: Tensor, k_KNSD: Tensor, v_KNSD: Tensor, batch: Batch,
     a softmax, which for a row per head take less time than the fused kernel. A verification is n rows in place of one.
 
     An INT8 model rounds what comes out, and a sum that differs in its last bit may become another whole number. With
-    `batch.exact` a decode gets the same bits beside others as alone: its own length decides how it is computed, and
+    `batch.exact` a short chunk gets the same bits beside others as alone: its length decides how it is computed, and
     the two products add up in the same order if the number of keys, with those that are hidden, is a multiple of WHOLE.
 
     The fused kernel cannot read bytes either: what a call reads of a pool of int8 is widened first. So on a CPU INT8

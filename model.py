@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batch import Batch, Chunk, Graphs, make_batch
+from batch import SHORT, Batch, Chunk, Graphs, make_batch
 from config import Config, kv_bytes
 from device import memory_for_pool, single_thread
 from experts import mixture
@@ -52,7 +52,7 @@ class Model:
         self.config, self.weights = config, weights
         self.backend, self.attention, self.write_kv = attention, ATTENTION[attention], WRITE_KV[attention]
         self.device = weights["embedding"][0].weight.device
-        self.exact = weights["out"][0].weight.dtype == torch.int8   # rounds what attention gives
+        self.exact = attention == "torch" and not config.latent and weights["out"][0].weight.dtype == torch.int8
         if config.qk_norm:   # one weight per head: q's for each query head, then k's for each KV head
             q_and_k = [part.weight.split(config.D) for part in weights["qk_norm"]]
             self.qk_norm = [torch.cat([q.expand(config.H, -1), k.expand(config.K, -1)]) for q, k in q_and_k]
@@ -171,6 +171,8 @@ class ModelRunner:
         """float32 [rows that want logits, V], in the order of the chunks. The next call may write over them, unless
         replay is false: then no graph is used."""
         self.pool.upload()
+        if self.model.exact:   # a draft is verified as a decode would be computed, to the last bit
+            chunks = [part for chunk in chunks for part in apart(chunk)]
         if replay and self.graphs and self.graphs.fit(chunks):
             return self.graphs.replay(self.graphs.batch(chunks))[:sum(chunk.logits for chunk in chunks)]
         return self.forward(make_batch(chunks, self.pool.block_size, self.model.device, self.pool.block_tables_UM))
@@ -179,6 +181,13 @@ class ModelRunner:
         """The model's logits of a batch. It works on as many threads as the step can keep busy."""
         with single_thread(len(batch.tokens_T) * self.model.config.I * self.model.config.E < SINGLE_THREAD):
             return self.model(batch, self.memory)
+
+
+def apart(chunk: Chunk) -> list[Chunk]:
+    """A short chunk that wants logits for all of its tokens, as so many decodes."""
+    if chunk.logits < len(chunk.tokens) or len(chunk.tokens) > SHORT:
+        return [chunk]
+    return [Chunk([token], position, chunk.blocks, 1, chunk.row) for position, token in enumerate(chunk.tokens, chunk.start)]
 
 
 def make_pool(kind: type[KVPool], c: Config, draft: Config | None, dtype: torch.dtype, device: torch.device,

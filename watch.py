@@ -26,6 +26,7 @@ import kernels
 import latent
 from batch import SHORT, Batch, Chunk, make_batch
 from linear import DTYPES
+from model import apart
 from nanoserve import LLM, Request
 from roofline import cost_of, measured_ceiling
 
@@ -277,6 +278,8 @@ def short(things: list) -> str:
 def describe_attention(llm: LLM, chunks: list[Chunk]) -> Iterator[str]:
     """Which calls or launches serve a step's chunks in a layer, and why these; for each window that layers have."""
     c, pool, device, dtype, G = llm.config, llm.pool, llm.device, DTYPES[llm.dtype], llm.config.H // llm.config.K
+    if llm.model.exact:
+        chunks = [part for chunk in chunks for part in apart(chunk)]
     batch = make_batch(chunks, pool.block_size, device, pool.block_tables_UM)
     batch.exact = llm.model.exact
     if c.latent:
