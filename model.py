@@ -187,7 +187,7 @@ def apart(chunk: Chunk) -> list[Chunk]:
     """A short chunk that wants logits for all of its tokens, as so many decodes."""
     if chunk.logits < len(chunk.tokens) or len(chunk.tokens) > SHORT:
         return [chunk]
-    return [Chunk([token], position, chunk.blocks, 1, chunk.row) for position, token in enumerate(chunk.tokens, chunk.start)]
+    return [Chunk([token], chunk.start + i, chunk.blocks, row=chunk.row) for i, token in enumerate(chunk.tokens)]
 
 
 def make_pool(kind: type[KVPool], c: Config, draft: Config | None, dtype: torch.dtype, device: torch.device,
