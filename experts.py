@@ -34,7 +34,10 @@ def mixture(x_TE: Tensor, w: dict[str, list], l: int, e: Experts, activation: Ca
     there is one. An expert's gate stands above its up. The router's bias is the correction of its scores. Where several
     ranks share the model, each has some of the experts, and a slice of what all tokens share."""
     router = w["router"][l]
-    logits_TX = F.linear(x_TE.to(router.weight.dtype), router.weight).float()
+    # On a CPU in INT8 a weight must not depend on the order of a sum, which other tokens change: see `Batch.exact`.
+    exact = isinstance(w["up"][l], list) and w["up"][l][0].weight.dtype == torch.int8
+    dtype = torch.float64 if exact else router.weight.dtype
+    logits_TX = F.linear(x_TE.to(dtype), router.weight.to(dtype)).float()
     weight_TC, expert_TC = choose_experts(logits_TX, router.bias, e)
     order_R, starts_X = sort_visits(expert_TC, e.X)
     mine = router.slice.piece(e.X) if router.slice else slice(0, e.X)

@@ -18,7 +18,7 @@ import nanoserve
 import speculate
 from batch import Chunk
 from nanoserve import LLM, SamplingParams
-from reference import CONFIGS, GPT2, LLAMA, NEW, keeps_the_order_of_sums, repeat, tensors_of, write_checkpoint
+from reference import CONFIGS, GPT2, LLAMA, NEW, QWEN3_MOE, keeps_the_order_of_sums, repeat, tensors_of, write_checkpoint
 from roofline import kv_bytes
 from speculate import HOPE, MARGIN, DraftModel, NgramDrafter, Speculator, Times, about, at
 from test_nanoserve import (BUSY, DEVICE, HERE, arrivals, assert_tokens_do_not_depend_on_company, check_steps, engine_options,
@@ -218,16 +218,17 @@ def test_text_equals_the_lone_run_with_every_parameter(demo, asked, drafter, cha
     assert sorted(seen) == sorted(itertools.chain(*lengths)), "a logits_processor sees one token after the other"
 
 
-def test_an_int8_model_writes_the_same_in_any_company_and_with_drafts(tmp_path):
+@pytest.mark.parametrize("config", [LLAMA, QWEN3_MOE], ids=["dense", "experts"])
+def test_an_int8_model_writes_the_same_in_any_company_and_with_drafts(tmp_path, config):
     """A sum that differs in its last bit becomes another whole number now and then, and 1 of 127 is a lot: without
     `Batch.exact` one text in four is another one."""
-    shape = dict(hidden_size=256, intermediate_size=700, num_hidden_layers=6, num_attention_heads=8,
-                 num_key_value_heads=4, vocab_size=2000, max_position_embeddings=256)
-    config, options = LLAMA | shape, dict(quantization="int8", prefix_cache=False, max_batched_tokens=1024)
+    config = config | dict(hidden_size=256, intermediate_size=700, num_hidden_layers=5, num_attention_heads=8,
+                           num_key_value_heads=4, num_experts=4, vocab_size=2000, max_position_embeddings=256)
+    options = dict(quantization="int8", prefix_cache=False, max_batched_tokens=1024)
     llm = LLM(write_checkpoint(tmp_path, config, tensors_of(config)), "cpu", "float32", "torch", **options)
     assert llm.model.weights["out"][0].weight.dtype == torch.int8
     dice, params = random.Random(1), SamplingParams(max_tokens=16, ignore_eos=True, logprobs=0)
-    prompts = [dice.choices(range(2000), k=n) for n in range(3, 51, 2)]
+    prompts = [dice.choices(range(2000), k=n) for n in range(3, 51, 3)]
     alone = [llm.generate([prompt], params)[0] for prompt in prompts]
     drafting = LLM(tmp_path, "cpu", "float32", "torch", weights=llm.model.weights, speculative_model="ngram", **options)
     drafting.speculator.drafter = Prophet({tuple(prompt): out.token_ids for prompt, out in zip(prompts, alone)}, 0.8)
