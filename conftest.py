@@ -1,5 +1,6 @@
 """What all tests share: settings, options, and checkpoints with their greedy tokens."""
 
+import json
 import os
 import random
 import subprocess
@@ -30,31 +31,61 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "compiles(program): compiles kernels for GPUs that are not here")
 
 
-COMPILING = {}   # test -> its program
+# ---------------------------------------------------------------------------------------------
+# Kernels for GPUs that are not here, on the core that tests leave idle
+
+COMPILER = """
+import contextlib, io, json, sys, traceback
+for program in sys.argv[1:]:
+    printed, error = io.StringIO(), ""
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(program, {})
+    except Exception:
+        error = traceback.format_exc()
+    print(json.dumps([printed.getvalue(), error]))"""
+COMPILING = []   # the process
+
+
+def waits(item) -> bool:
+    return item.get_closest_marker("compiles") is not None
 
 
 def pytest_collection_finish(session):
-    """Programs that compile kernels begin at once, on the core that tests leave idle."""
-    for item in session.items:
-        mark = item.get_closest_marker("compiles")
-        if mark and not session.config.option.collectonly and not any(skip.args[0] for skip in item.iter_markers("skipif")):
-            COMPILING[item.nodeid] = subprocess.Popen(
-                ["nice", sys.executable, "-c", mark.args[0]], cwd=Path(__file__).parent, stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
+    """Programs that compile kernels begin at once, one after another in a process of their own. Who waits for them comes last."""
+    session.items.sort(key=waits)
+    programs = {item.get_closest_marker("compiles").args[0]: None for item in session.items if waits(item)
+                and not any(skip.args[0] for skip in item.iter_markers("skipif"))}
+    if programs and not session.config.option.collectonly:
+        COMPILING.append(subprocess.Popen(
+            ["nice", sys.executable, "-c", COMPILER, *programs], cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env=os.environ | {"TRITON_INTERPRET": "0"}))
 
 
 def pytest_sessionfinish():
-    for program in COMPILING.values():
-        program.kill()
+    for process in COMPILING:
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def all_compiled() -> dict[str, tuple[str, str]]:
+    """Of each program what it has printed, and its error."""
+    out, err = COMPILING[0].communicate()
+    programs = COMPILING[0].args[4:]
+    assert COMPILING[0].returncode == 0, err
+    return dict(zip(programs, map(json.loads, out.splitlines()), strict=True))
 
 
 @pytest.fixture
-def compiled(request) -> str:
+def compiled(request, all_compiled) -> str:
     """What the test's program has printed."""
-    out, err = COMPILING[request.node.nodeid].communicate()
-    assert COMPILING[request.node.nodeid].returncode == 0, err
-    return out
+    printed, error = all_compiled[request.node.get_closest_marker("compiles").args[0]]
+    assert not error, error
+    return printed
 
+
+# ---------------------------------------------------------------------------------------------
+# Fixtures
 
 @pytest.fixture
 def poisoned():

@@ -61,9 +61,10 @@ def test_logits_equal_a_plain_forward_at_every_position(tmp_path, name):
     write_checkpoint(tmp_path, config, tensors)
     ids = torch.randint(61, (110,), generator=torch.Generator().manual_seed(1)).tolist()
     expected = plain(config, tensors, ids)
-    for options in (dict(attention="torch"), dict(attention="torch", block_size=5, max_batched_tokens=37),
-                    *[dict(attention="triton", block_size=8, max_batched_tokens=50)] * (kernels.load_triton() is not None)):
+    for options in (dict(attention="torch"), dict(attention="torch", block_size=5, max_batched_tokens=37)):
         assert_logits(tmp_path, expected, ids, **options)
+    if kernels.load_triton():   # two long chunks and a short one
+        assert_logits(tmp_path, expected[:55], ids[:55], attention="triton", block_size=8, max_batched_tokens=25)
 
 
 @st.composite
@@ -91,7 +92,8 @@ LLAMA_OPTIONS = dict(
     rope_theta=[None, 50, 5e5], rope_scaling=ROPES, rope_parameters=[*ROPES, *(rope | {"rope_theta": 70} for rope in ROPES[1:])])
 QWEN_OPTIONS = LLAMA_OPTIONS | dict(
     max_window_layers=[0, 1, 2, 28], layer_types=[None, [FULL, SLIDING, FULL], [SLIDING, SLIDING, FULL], [SLIDING] * 3])
-LLAMA_SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+LLAMA_SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                   max_position_embeddings=160)   # a table of RoPE for the 131,072 positions that some have takes longer than all else
 #          what a config of the type must say, what it may say, and where the options are turned one at a time
 TYPES = {
     "gpt2": (dict(vocab_size=61, n_positions=160, n_embd=32, n_layer=3, n_head=4), GPT2_OPTIONS, {}),

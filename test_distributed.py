@@ -670,7 +670,7 @@ def test_a_worker_says_why_it_ends(capfd):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (dict(prefill=0), "prefill is 0"), (dict(decode=1.5), "decode is 1.5"), (dict(block_size=0), "block_size is 0"),
+    (dict(prefill=0), "prefill is 0"), (dict(decode=1.5), "decode is 1.5"),
     (dict(model="/nowhere"), "/nowhere"), (dict(weights={}), "leave weights out"), (dict(tensor_parallel_size=2), "leave tensor_parallel"), (dict(dtype="int3"), "int3")])
 def test_options_that_make_no_sense_are_refused_in_one_sentence(arguments, words):
     with pytest.raises(ValueError, match=words) as error:
@@ -727,11 +727,15 @@ print(*[worker.process.pid for worker in front.workers], flush=True)
 
 def test_no_process_outlives_its_front():
     forever = "while True: front.generate(['The cat'] * 8, SamplingParams(max_tokens=900, ignore_eos=True))"
-    killed, interrupted = child_of(forever), child_of(forever)
-    time.sleep(0.3)
-    killed[0].send_signal(signal.SIGKILL)
-    interrupted[0].send_signal(signal.SIGINT)
-    for process, pids in (killed, interrupted):
-        process.wait(60)
-        assert len(pids) == 2
-        assert_gone(pids)
+    killed, interrupted = children = child_of(forever), child_of(forever)
+    try:
+        time.sleep(0.3)
+        killed[0].send_signal(signal.SIGKILL)
+        interrupted[0].send_signal(signal.SIGINT)
+        for process, pids in children:
+            process.wait(60)
+            assert len(pids) == 2
+            assert_gone(pids)
+    finally:
+        for process, _ in children:
+            process.kill()

@@ -294,10 +294,9 @@ def alone(folders):
         made[name] = folder, prompts, [plain_greedy(said, tensors_of(said), p, NEW) for p in prompts]
         for suffix, options in {" int8 weights": dict(quantization="int8"), " int8 kv": dict(kv_cache_dtype="int8"),
                                 " int8 weights int8 kv": dict(quantization="int8", kv_cache_dtype="int8")}.items():
-            def answer(prompt):
-                llm = LLM(folder, dtype="float32", attention="torch", num_blocks=30, **options)
-                return llm.generate([prompt], SamplingParams(max_tokens=NEW, ignore_eos=True))[0].token_ids
-            made[name + suffix] = folder, prompts, [answer(p) for p in prompts]
+            llm = LLM(folder, dtype="float32", attention="torch", num_blocks=30, prefix_cache=False, **options)
+            made[name + suffix] = folder, prompts, [
+                llm.generate([prompt], SamplingParams(max_tokens=NEW, ignore_eos=True))[0].token_ids for prompt in prompts]
     return made
 
 

@@ -87,7 +87,7 @@ def paged(requests, S, K, D, dtype, seed, int8=False):
 
 
 # Decodes, verifications and longer chunks
-ragged = st.lists(st.tuples(st.one_of(st.just(1), st.integers(2, 16), st.integers(17, 70)), st.integers(0, 90)), min_size=1, max_size=4)
+ragged = st.lists(st.tuples(st.one_of(st.just(1), st.integers(2, 16), st.integers(17, 40)), st.integers(0, 90)), min_size=1, max_size=3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -231,8 +231,9 @@ def attend(backend, requests, window, S=8, heads=(4, 2), D=16, seed=0, batch=Non
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_kernel_with_a_window_at_every_offset_to_the_tiles(poisoned, backend):
     """A window begins at any place within a tile of 32 keys, and the first row's is not the last row's."""
-    for past in range(60, 92):
-        worst, _ = attend(backend, [(1, past), (9, past + 17), (20, past + 6)], window=29, heads=(2, 1), int8=past % 2 == 0)
+    for past in range(60, 92, 4):
+        requests = [(n, p + more) for p in range(past, past + 4) for n, more in ((1, 0), (9, 17), (20, 6))]
+        worst, _ = attend(backend, requests, window=29, heads=(2, 1), int8=past % 8 == 0)
         assert worst < 1e-5, past
     for window in range(1, 70, 3):
         worst, _ = attend(backend, [(1, 70), (5, 50), (40, 31)], window, heads=(2, 1), int8=window % 2 == 0)
@@ -242,7 +243,7 @@ def test_kernel_with_a_window_at_every_offset_to_the_tiles(poisoned, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layers_with_windows_of_their_own_share_a_step(poisoned, backend):
     """What the first layer worked out for its window does not serve the next layer's."""
-    requests = [(1, 200), (1, 3), (1, 90), (50, 100), (5, 0)]
+    requests = [(1, 160), (1, 3), (1, 90), (40, 70), (5, 0)]
     for windows in ((None, 7, 150, 40), (7, None, 40, 150, 7)):   # the first layer sees all keys, or the fewest
         batch = None
         for window in windows:
@@ -326,7 +327,7 @@ def test_a_replayed_step_equals_the_step_made_directly(poisoned, longest, more, 
             sizes.append(rng.randint(1, min(longest, T - sum(sizes))))
         chunks = []
         for row, n in enumerate(sorted(sizes)):
-            past = rng.choice([0, 3, 30, 90])
+            past = rng.choice([0, 3, 30, 50])
             blocks = [used.pop() for _ in range(-(-(past + n) // S))]
             tables[row, :len(blocks)] = torch.tensor(blocks)
             chunks.append(Chunk([rng.randrange(99) for _ in range(n)], past, blocks, n, row))

@@ -127,7 +127,8 @@ import os, sys
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            print(os.environ["GOMP_SPINCOUNT"])
+            print(os.environ["GOMP_SPINCOUNT"], flush=True)
+            os._exit(0)   # all is said
 sys.meta_path.insert(0, Watch())
 import {module}"""
     for given, expected in ((None, "10000"), ("77", "77")):
@@ -391,12 +392,12 @@ def fences(patch):
     assert made and all((memory[:1024] == 0xA5).all() and (memory[1024 + size:] == 0xA5).all() for memory, size in made)
 
 
-tokens = st.one_of(st.just(1), st.integers(2, 33), st.integers(34, 80))
+tokens = st.one_of(st.just(1), st.integers(2, 33), st.integers(34, 70))
 sizes = st.one_of(st.integers(1, 140), st.integers(1, 1200), st.sampled_from([128, 256, 512, 513, 1024]))
 
 
 @needs_triton
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(rows=tokens, inputs=sizes, out=st.integers(1, 140), dtype=st.sampled_from([INT8, FP8]), grouped=st.booleans(),
        biased=st.booleans(), x_dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
        instruction=st.booleans(), strided=st.booleans(), seed=st.integers(0, 99))
@@ -459,17 +460,16 @@ def test_all_bytes_of_e4m3_are_found_and_read():
 @needs_triton
 @pytest.mark.parametrize("dtype", [INT8, FP8])
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("rows", [3, 20, 40])
-def test_a_row_that_is_not_finite_harms_nobody_else(poisoned, dtype, grouped, bad, rows):
+@pytest.mark.parametrize("rows", [5, 20, 40])
+def test_rows_that_are_not_finite_harm_nobody_else(poisoned, dtype, grouped, rows):
     rng = np.random.default_rng(0)
     part = random_part(rng, 50, 300, dtype, 3 if grouped else 1, True)
     x = torch.from_numpy(rng.standard_normal((rows, 300))).float().to(DEVICE)
     alone = linear.linear_triton(x, part)
-    x[1, 299] = bad
+    x[1, 299], x[2, 0], x[rows - 1, 150] = torch.nan, torch.inf, -torch.inf
     y = linear.linear_triton(x, part)
-    others = [row for row in range(rows) if row != 1]
-    assert y[1].isnan().all() and torch.equal(y[others], alone[others])
+    others = [0, *range(3, rows - 1)]
+    assert y[[1, 2, rows - 1]].isnan().all() and torch.equal(y[others], alone[others])
 
 
 @needs_triton
@@ -481,13 +481,11 @@ def test_a_row_of_tiny_numbers_is_zero():
 
 
 @needs_triton
-@settings(max_examples=16)
-@given(rows=st.integers(34, 70), inputs=st.integers(1, 40), out=st.integers(1, 10), dtype=st.sampled_from([INT8, FP8]),
-       biased=st.booleans(), seed=st.integers(0, 99))
-def test_integers_give_the_same_bits_in_any_company(rows, inputs, out, dtype, biased, seed):
+@pytest.mark.parametrize("rows, inputs, out, dtype, biased", [   # of what PyTorch's product accepts
+    (67, 592, 144, INT8, True), (40, 16, 16, INT8, False), (34, 272, 64, INT8, True), (66, 640, 16, FP8, False), (35, 144, 160, FP8, True)])
+def test_integers_give_the_same_bits_in_any_company(rows, inputs, out, dtype, biased):
     """By either kernel and by PyTorch's product, in tiles of few rows and of many. With FP8, up to rounding."""
-    inputs, out = inputs * 16, out * 16   # of what PyTorch's product accepts
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(inputs)
     part = random_part(rng, out, inputs, dtype, 1, biased, torch.bfloat16)
     x = torch.from_numpy(rng.standard_normal((rows, inputs))).bfloat16().to(DEVICE)
     calls = []

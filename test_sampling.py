@@ -399,8 +399,8 @@ def test_greedy_takes_the_first_of_the_largest(choose_tokens, dtype):
     logits = torch.zeros(4, 5000, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
     logits[0, [3, 255, 2051, 4099]], logits[1, 4999], logits[2, [600, 256, 4696]] = 2.0, 2.0, 2.0
     assert choose_tokens(logits, [SamplingParams()] * 4, [1] * 4, [1] * 4) == [3, 4999, 256, 0]
-    cold = [SamplingParams(temperature=1e-300)] * 40   # equal ones are drawn from, however cold it is
-    assert set(choose_tokens(logits[[2] * 40], cold, [1] * 40, list(range(40)))) == {600, 256, 4696}
+    cold = [SamplingParams(temperature=1e-300)] * 12   # equal ones are drawn from, however cold it is
+    assert set(choose_tokens(logits[[2] * 12], cold, [1] * 12, list(range(12)))) == {600, 256, 4696}
 
 
 @pytest.mark.parametrize("choose_tokens", [sampling.sample_torch] + [sampling.sample_triton] * HAS_TRITON)
@@ -454,20 +454,20 @@ def test_the_kernel_draws_the_same_tokens(rows, V, seed, dtype):
     dict(top_k=700, top_p=0.9), dict(top_k=40), dict(top_p=0.2), dict(top_k=40, top_p=0.7)])
 def test_the_kernel_rejects_and_draws_again_as_often(options):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    logits = random_logits(12, 1100, scale=0.55).to(device)
-    rows = [SamplingParams(temperature=0.8, **options)] * 12, list(range(12)), [2 ** 40] * 12
+    logits = random_logits(8, 1100, scale=0.55).to(device)
+    rows = [SamplingParams(temperature=0.8, **options)] * 8, list(range(8)), [2 ** 40] * 8
     assert sampling.sample_triton(logits, *rows) == sampling.sample_torch(logits, *rows)
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton for this platform")
 def test_the_kernel_keeps_the_same_of_equal_logits():
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    logits = torch.full([96, 300], -torch.inf, device=device)
+    logits = torch.full([48, 300], -torch.inf, device=device)
     logits[:, 8::37] = 3.0   # 8 of them, in two blocks
-    logits[48:, 100] = 50.0
-    params = [SamplingParams(temperature=10.0 if b < 48 else 1e6, top_k=(b % 6 < 4) * (b % 8 + 1),
-                             top_p=(1.0, b % 8 / 8 + 0.125, 0.5)[b % 3]) for b in range(96)]
-    rows = params, [7] * 96, list(range(96))
+    logits[24:, 100] = 50.0
+    params = [SamplingParams(temperature=10.0 if b < 24 else 1e6, top_k=(b % 6 < 4) * (b % 8 + 1),
+                             top_p=(1.0, b % 8 / 8 + 0.125, 0.5)[b % 3]) for b in range(48)]
+    rows = params, [7] * 48, list(range(48))
     assert sampling.sample_triton(logits, *rows) == sampling.sample_torch(logits, *rows)
 
 

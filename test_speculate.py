@@ -125,7 +125,7 @@ def test_nor_do_they_with_triton_and_graphs(lone, monkeypatch, config, options, 
     assert_drafts_change_nothing(lone, config, "triton", options, spare, arrivals[:4], hopeful, kind, most, seed, True)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(fail_at=st.sets(st.integers(0, 40), min_size=1, max_size=8), where=st.sampled_from(["before", "after", "draft"]),
        budget=st.integers(3, 80), prefix_cache=st.booleans(), hot=st.booleans(), kind=st.sampled_from(["itself", "gpt2"]))
 def test_failed_steps_and_failed_drafts_change_nobodys_tokens(lone, fail_at, where, budget, prefix_cache, hot, kind):

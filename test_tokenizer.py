@@ -290,11 +290,12 @@ def test_a_template_puts_ids_before_and_after_every_text(tmp_path):
 
 
 @pytest.mark.parametrize("character", [" ", "\n", "\t", "a", "1", "!", "😀"])
-def test_a_million_of_the_same_character_are_encoded(tokenizers, character):
+def test_a_long_run_of_the_same_character_is_encoded(tokenizers, character):
+    """So many that work for every pair of them would take for ever."""
     for name in TOKENIZERS:
         tokenizer = tokenizers[name][0]
-        ids = tokenizer.encode(character * 10 ** 6 + "x")
-        assert tokenizer.decode([i for i in ids if i != 1000]) == character * 10 ** 6 + "x"
+        ids = tokenizer.encode(character * 200_000 + "x")
+        assert tokenizer.decode([i for i in ids if i != 1000]) == character * 200_000 + "x"
 
 
 def test_a_byte_without_a_token_is_left_out_or_unknown(tmp_path):
