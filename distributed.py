@@ -67,7 +67,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from config import Config, read_config
 from linear import fastest_dtype
 from nanoserve import LLM, Output, Request
-from parallel import FOREVER
+from parallel import FOREVER, Broken
 from sampling import SamplingParams, describe, is_int
 from tokenizer import load_tokenizer
 
@@ -456,7 +456,7 @@ class Disaggregated(LLM, AbstractContextManager):
         while missing := [worker for worker in self._alive() if worker not in self.answers]:
             self._hear(wait([worker.connection for worker in missing]))
             if starting and (dead := next((worker for worker in self.workers if not worker.alive), None)):
-                raise dead.error or RuntimeError(f"the {dead.role} worker ended before it had loaded the model")
+                raise dead.error or Broken(f"a {dead.role} worker has ended ({dead.end}) while it started: start again")
         return [self.answers[worker] for worker in self._alive()]
 
     def __exit__(self, *error):

@@ -61,12 +61,12 @@ from paged_kv import BlockTable, KVPool
 
 FIRST = 256           # numbers of a message that travel at once; the rest of a longer one follows
 CONNECTION_LOST = 3   # exit status of a rank that ends because another one has ended
-SOON, LATE = timedelta(seconds=30), timedelta(minutes=30)   # to connect ranks that are ready; torchrun's, by hand
+SOON, LATE = timedelta(seconds=10), timedelta(minutes=5)   # to connect: to ranks that are there; to those of torchrun
 FOREVER = timedelta(days=300)   # for a message: hours may pass between two, and a process that stands still is not dead
 
 
 class Broken(RuntimeError):
-    """A rank has ended, and with it the group. It is said in one sentence."""
+    """A process has ended, and with it the group. It is said in one sentence."""
 
 
 def share(c: Config, size: int) -> Config:
@@ -98,10 +98,20 @@ class Ranks:
         if store.add("ranks", 1) > self.size:
             raise ValueError("under torchrun one LLM can have tensor_parallel_size: start a run for each")
         self.here, self.processes, self.broken = here, list(processes), ""
-        options, gloo, near = dist.ProcessGroupGloo._Options(), dist.ProcessGroupGloo, here == self.size
-        options._devices = [gloo.create_device(hostname="127.0.0.1") if near else gloo.create_default_device()]
+        while processes and store.add("ranks", 0) < self.size:   # their imports take seconds
+            if any(process.poll() is not None for process in processes):   # gloo would not notice
+                raise Broken(who_ended(processes))
+            time.sleep(0.02)
+        options, near = dist.ProcessGroupGloo._Options(), here == self.size
         options._timeout = SOON if processes else LATE
-        self.gloo = self.group = gloo(dist.PrefixStore("gloo", store), self.rank, self.size, options)
+        try:
+            options._devices = [network(near)]
+            self.gloo = self.group = dist.ProcessGroupGloo(
+                dist.PrefixStore("gloo", store), self.rank, self.size, options)
+        except RuntimeError as error:
+            remedy = "start the run again" if near else "set GLOO_SOCKET_IFNAME on each machine, as README.md says"
+            words = who_ended(processes) or f"{self.size} ranks could not connect: {remedy}"
+            raise (ValueError if self.rank else Broken)(words) from error   # of Broken another rank says nothing
         self.gloo._set_default_timeout(FOREVER)
         if device.type == "cuda":
             self.group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), self.rank, self.size)
@@ -148,21 +158,10 @@ class Ranks:
                 operation().wait()
         except RuntimeError as error:
             why = re.sub(r"^\[.*?\] ", "", str(error)).split(". ")[0]
-            self.close(self._who_ended() or f"the connection to another rank is lost ({why}): start the run again")
+            self.close(who_ended(self.processes) or
+                       f"the connection to another rank is lost ({why}): start the run again")
         if self.broken:
             raise Broken(self.broken)
-
-    def _who_ended(self) -> str:
-        """The rank that ended first, and its last words. The others have ended because it did."""
-        end = time.monotonic() + 10
-        while self.processes and time.monotonic() < end:
-            for rank, process in enumerate(self.processes, 1):
-                if process.poll() not in (None, CONNECTION_LOST):
-                    words = process.stdout.read().decode("utf-8", "replace").strip().split("\n")[-1]
-                    why = words or (f"signal {-process.returncode}" if process.returncode < 0 else "without a word")
-                    return f"rank {rank} of {self.size} has ended ({why}), and the run with it: start it again"
-            time.sleep(0.02)
-        return ""
 
     def _watch(self, group: dist.ProcessGroupNCCL):
         """NCCL does not notice that a rank is gone, and its kernels wait for ever: until somebody aborts them."""
@@ -176,13 +175,35 @@ class Ranks:
         if self.group is not self.gloo:
             torch.cuda.current_stream().synchronize()
             if any(process.poll() is not None for process in self.processes):
-                raise Broken(self._who_ended())
+                raise Broken(who_ended(self.processes))
 
     def close(self, why: str = "the ranks of this LLM have ended: make another LLM"):
         """End the ranks that this one has started, and wait until they are gone. The first reason remains."""
         self.broken = self.broken or why
         self.gloo = self.group = None   # this breaks the connections, and so ends ranks that torchrun has started
         stop(self.processes)
+
+
+def network(near: bool):
+    """Where gloo listens. near: to this machine only. Else others reach it under its hostname, or in the network whose
+    interface GLOO_SOCKET_IFNAME names, as in all of PyTorch."""
+    gloo, interface = dist.ProcessGroupGloo, os.environ.get("GLOO_SOCKET_IFNAME")
+    if near or interface:
+        return gloo.create_device(hostname="127.0.0.1") if near else gloo.create_device(interface=interface)
+    return gloo.create_default_device()
+
+
+def who_ended(processes: list[subprocess.Popen]) -> str:
+    """The rank that ended first, and its last words. The others have ended because it did."""
+    end = time.monotonic() + 10
+    while processes and time.monotonic() < end:
+        for rank, process in enumerate(processes, 1):
+            if process.poll() not in (None, CONNECTION_LOST):
+                words = process.stdout.read().decode("utf-8", "replace").strip().split("\n")[-1]
+                why = words or (f"signal {-process.returncode}" if process.returncode < 0 else "without a word")
+                return f"rank {rank} of {len(processes) + 1} has ended ({why}), and the run with it: start it again"
+        time.sleep(0.02)
+    return ""
 
 
 def stop(processes: list[subprocess.Popen]):
@@ -224,14 +245,9 @@ def start_processes(size: int, device: torch.device) -> Ranks:
                     [sys.executable, __file__, url + str(rank), str(size), device.type], start_new_session=True,
                     env=os.environ | {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(threads)},
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-            for rank, process in enumerate(processes, 1):   # their imports take seconds
-                if process.stdout.readline() != b"ready\n":
-                    raise RuntimeError(f"rank {rank} has ended")
             return Ranks(url + "0", size, device, processes)
-        except BaseException as error:
+        except BaseException:
             stop(processes)
-            if isinstance(error, RuntimeError) and not isinstance(error, Broken):
-                raise Broken(f"{size} ranks could not connect: start the run again") from error
             raise
 
 
@@ -356,5 +372,4 @@ def enter(size: int, device: str):
 
 
 if __name__ == "__main__":
-    print("ready", flush=True)
     os._exit(serve(sys.argv[1], int(sys.argv[2]), sys.argv[3]))   # at once, as rank 0 waits for it

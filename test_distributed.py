@@ -27,6 +27,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cli
 import distributed
 import model
 from distributed import Disaggregated, Link, Worker
@@ -667,6 +668,20 @@ def test_a_worker_says_why_it_ends(capfd):
     assert capfd.readouterr().err.startswith("a message to a worker process cannot be read (UnpicklingError")
     ended.outbox.put(None)
     spoilt.close()
+
+
+def test_a_worker_that_ends_while_it_starts_is_one_sentence(monkeypatch, capsys):
+    start, pids = distributed.Process.start, []
+
+    def start_it(worker, threads):
+        start(worker, threads)
+        pids.append(worker.process.pid)
+        if worker.role == "decode":
+            worker.process.kill()
+    monkeypatch.setattr(distributed.Process, "start", start_it)
+    assert cli.main(["--device", "cpu", "--prompt", "The cat sat", "--disaggregate", "1:1"]) == 1
+    assert capsys.readouterr().err == "nanoserve.py: a decode worker has ended (signal 9) while it started: start again\n"
+    assert_gone(pids)
 
 
 @pytest.mark.parametrize("arguments, words", [

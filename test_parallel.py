@@ -3,15 +3,20 @@
 import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -328,30 +333,83 @@ def test_a_rank_that_dies_ends_the_run_in_one_sentence():
     assert str(again.value) == str(first.value) and llm.pool.num_referenced == 0
 
 
-class Rank:
-    """A process that says that it is ready, and ends when it is told to."""
+@pytest.mark.parametrize("joins, end, why", [(False, "print('no GPU'); raise SystemExit(1)", "no GPU"), (False, "os.kill(os.getpid(), 9)", "signal 9"),
+                                             (True, "os.kill(os.getpid(), 9)", "signal 9")])
+def test_a_rank_that_ends_before_it_is_connected_is_noticed_at_once(tmp_path, monkeypatch, joins, end, why):
+    """Rank 2 of 3: while rank 1 is not there, or when both are there and gloo has begun to wait for them. Then rank 1 ends because of rank 2."""
+    assert parallel.SOON.total_seconds() <= 10
+    monkeypatch.setattr(parallel, "SOON", timedelta(seconds=0.3))
+    popen, started, begin = subprocess.Popen, [], time.monotonic()
+    stays = f"raise SystemExit({parallel.CONNECTION_LOST})" if joins else "import select, sys; select.select([sys.stdin], [], [], 20); print('nobody has noticed')"
 
-    def __init__(self, *arguments, **named):
-        self.ended, self.stdin = False, SimpleNamespace(close=lambda: setattr(self, "ended", True))
-        self.stdout = SimpleNamespace(readline=lambda: b"ready\n", close=lambda: None)
+    def start(arguments, **more):
+        url = arguments[2]
+        if joins:
+            next(dist.rendezvous(url))[0].add("ranks", 1)
+        started.append(popen([sys.executable, "-c", "import os; " + (end if url.endswith("rank=2") else stays)], **more))
+        return started[-1]
+    monkeypatch.setattr(parallel.subprocess, "Popen", start)
+    with pytest.raises(parallel.Broken) as error:
+        parallel.start_processes(3, CPU)
+    assert str(error.value) == f"rank 2 of 3 has ended ({why}), and the run with it: start it again"
+    assert len(started) == 2 and all(process.poll() is not None for process in started) and time.monotonic() - begin < 60
+
+
+def test_ranks_that_do_not_find_each_other_say_so(tmp_path, monkeypatch):
+    """On several machines each says it, as each has a terminal."""
+    monkeypatch.setattr(parallel, "LATE", timedelta(seconds=0.3))
+
+    def alone(rank, here):
+        try:
+            parallel.Ranks(f"file://{tmp_path}/store-{rank}-{here}?world_size=2&rank={rank}", here, CPU)
+        except (parallel.Broken, ValueError) as error:
+            return type(error), str(error)
+    with ThreadPoolExecutor() as pool:
+        far, other, near = pool.map(alone, (0, 1, 0), (1, 1, 2))
+    words = "2 ranks could not connect: set GLOO_SOCKET_IFNAME on each machine, as README.md says"
+    assert far == (parallel.Broken, words) and other == (ValueError, words)
+    assert near == (parallel.Broken, "2 ranks could not connect: start the run again")
+
+
+@pytest.mark.parametrize("here, network, works", [(1, "lo", True), (1, "nowhere", False), (2, "nowhere", True)])
+def test_ranks_on_several_machines_meet_where_gloo_socket_ifname_says(tmp_path, monkeypatch, here, network, works):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", network)
+    sums = []
+
+    def rank(number):
+        with suppress(parallel.Broken, ValueError):
+            sums.append(parallel.Ranks(f"file://{tmp_path}/store?world_size=2&rank={number}", here, CPU).sum(torch.tensor([1.0 + number])).item())
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(rank, range(2)))
+    assert sums == [3.0, 3.0] * works
+
+
+def test_rank_0_waits_for_everybody_however_long_imports_take(tmp_path, monkeypatch):
+    """Rank 2 comes while rank 0 waits for it, and rank 1 has been there for long."""
+    monkeypatch.setattr(parallel, "SOON", timedelta(seconds=0.3))
+    monkeypatch.setattr(parallel, "LATE", timedelta(seconds=20))
+    url = f"file://{tmp_path}/store?world_size=3&rank="
+    store, _, _ = next(dist.rendezvous(url + "0"))
+    with ThreadPoolExecutor() as pool:
+        others = [pool.submit(parallel.Ranks, url + "1", 3, CPU)]
+        while not store.add("ranks", 0):
+            time.sleep(0.01)
+
+        def sleep(seconds):
+            if len(others) == 1:
+                others.append(pool.submit(parallel.Ranks, url + "2", 3, CPU))
+        monkeypatch.setattr(parallel, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+        assert parallel.Ranks(url + "0", 3, CPU, [Rank(), Rank()]).size == 3
+        assert [other.result().rank for other in others] == [1, 2]
+
+
+class Rank:
+    """A process that ends when it is told to."""
+
+    ended = False
 
     def poll(self):
         return 0 if self.ended else None
-
-    def wait(self, seconds=None):
-        assert self.ended
-
-    def kill(self):
-        pass
-
-
-def test_what_a_rank_said_when_it_could_not_join_remains(monkeypatch):
-    def ranks(*arguments):
-        raise parallel.Broken("rank 1 of 2 has ended (no GPU)")
-    monkeypatch.setattr(parallel.subprocess, "Popen", Rank)
-    monkeypatch.setattr(parallel, "Ranks", ranks)
-    with pytest.raises(parallel.Broken, match=r"^rank 1 of 2 has ended \(no GPU\)$"):
-        parallel.start_processes(2, CPU)
 
 
 def test_who_watches_the_ranks_aborts_the_group_that_close_forgets():
@@ -425,8 +483,20 @@ def test_the_command_line_says_it_in_one_sentence(monkeypatch, capsys):
 
 
 def test_torchrun_makes_the_group(capfd):
+    """As on two machines: one torchrun on each, with one rank."""
     arguments = ["--device", "cpu", "--dtype", "float32", "--prompt", "The cat sat", "--max-tokens", "12"]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "nanoserve.py"),
-                           *arguments, "--tensor-parallel-size", "2"], capture_output=True, text=True, timeout=120)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    machines = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1", "--master-addr", "127.0.0.1",
+         "--master-port", port, str(HERE / "nanoserve.py"), *arguments, "--tensor-parallel-size", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=os.environ | dict(GLOO_SOCKET_IFNAME="lo")) for node in range(2)]
+    try:
+        said = [machine.communicate(timeout=120) for machine in machines]
+    finally:
+        for machine in machines:
+            machine.terminate()   # torchrun ends its ranks
+            machine.communicate()
     assert cli.main(arguments) == 0
-    assert done.returncode == 0 and done.stdout == capfd.readouterr().out and done.stderr.count("TTFT") == 1
+    assert [out for out, _ in said] == [capfd.readouterr().out, ""] and ["TTFT" in err for _, err in said] == [True, False]
+    assert [machine.returncode for machine in machines] == [0, 0]
