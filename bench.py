@@ -450,7 +450,8 @@ def disaggregate(args: argparse.Namespace):
 
 
 WAYS = {"greedy": {}, "temperature 0.8": {}, "top-k 50": dict(top_k=50), "top-k 1000": dict(top_k=1000),
-        "top-p 0.9": dict(top_p=0.9), "top-k 1000, top-p 0.9": dict(top_k=1000, top_p=0.9)}
+        "top-p 0.9": dict(top_p=0.9), "top-p 0.3": dict(top_p=0.3),
+        "top-k 1000, top-p 0.9": dict(top_k=1000, top_p=0.9)}
 
 
 def sampling(args: argparse.Namespace):

@@ -25,6 +25,8 @@ so what is accepted at last has the right distribution. Among equal logits that 
     logits   2.0  1.0  0.5  0.1  ...   top_p = 0.7: keeps 2.0 and 1.0
     draw 0             0.5             its predecessors have 0.75 of the weight: not kept
     draw 1   among 2.0 and 1.0
+
+A top-k leaves few tokens, so there draws need not be from all: a guess at the k-th largest logit finds candidates.
 """
 
 from __future__ import annotations
@@ -36,14 +38,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from device import jit, load_triton, single_thread
 
 BLOCK = 128           # tokens in a block, whatever V is: models whose vocabularies are padded differently hold one race
-SPARE = 16            # blocks beyond those that have the first k tokens, for logits that are equal
-GROUP = 16            # logits per group, see `guess_floors`
 SINGLE_THREAD = 1 << 17   # logits: with fewer, a second thread mostly waits
 GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB   # the constants of splitmix64
 COLDEST = 1e-30       # lower temperatures are this one: float32 holds it, and all but the best logits have weight 0
@@ -111,21 +112,23 @@ def noise_key(seed: int | None, sample: int = 0) -> int:
 
 
 def noise_start(key: int, position: int) -> int:
-    """Where the noise of a token begins in the sequence of splitmix64, as int64."""
-    start = mix((mix(key) + position * GOLDEN) % 2 ** 64)
-    return start - 2 ** 64 if start >= 2 ** 63 else start
+    """Where the noise of a token begins in the sequence of splitmix64: 64 bits."""
+    return mix((mix(key) + position * GOLDEN) % 2 ** 64)
 
 
-def exponentials(start_R: Tensor, draw: int, n: int) -> Tensor:
-    """n exponential numbers for each row's draw, float64 [R, n]. Products of int64 wrap around.
+def exponentials(start_R: np.ndarray, draw: int, n: int) -> np.ndarray:
+    """n exponential numbers for each row's draw, float64 [R, n]. start_R: uint64, whose sums and products wrap around.
 
     They have 52 random bits: the less likely a token, the nearer to 0 must be the number with which it wins.
     """
-    z = start_R[:, None] + (torch.arange(n, device=start_R.device) + (draw << 32)) * (GOLDEN - 2 ** 64)
-    z = (z ^ z >> 30 & 2 ** 34 - 1) * (MIX_1 - 2 ** 64)   # masks: bits that come in from the left are 0
-    z = (z ^ z >> 27 & 2 ** 37 - 1) * (MIX_2 - 2 ** 64)
-    z = (z ^ z >> 31 & 2 ** 33 - 1) >> 12 & 2 ** 52 - 1
-    return z.double().add_(0.5).mul_(-2.0 ** -52).log1p_().neg_()   # -log(1 - u), 0 < u < 1
+    z = start_R[:, None] + np.arange(draw << 32, (draw << 32) + n, dtype=np.uint64) * GOLDEN
+    z ^= z >> 30
+    z *= MIX_1
+    z ^= z >> 27
+    z *= MIX_2
+    z ^= z >> 31
+    z >>= 12
+    return -np.log1p((z + 0.5) * -2.0 ** -52)   # -log(1 - u), 0 < u < 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -137,13 +140,13 @@ def sample(logits_BV: Tensor, params: list[SamplingParams], keys: list[int], pos
     if logits_BV.is_cuda and load_triton():
         return sample_triton(logits_BV, params, keys, positions)
     with single_thread(logits_BV.numel() < SINGLE_THREAD):
-        return sample_torch(logits_BV.cpu() if logits_BV.is_mps else logits_BV, params, keys, positions)   # no float64
+        return sample_torch(logits_BV, params, keys, positions)
 
 
 def sample_torch(logits_BV: Tensor, params: list[SamplingParams], keys: list[int], positions: list[int]) -> list[int]:
-    """`sample` on any device. R is the rows that are still to be drawn, W the tokens they are drawn from, and N the
-    blocks of L = BLOCK that these fill."""
-    V, device = logits_BV.shape[1], logits_BV.device
+    """`sample` on a CPU. What has a number for each token of the vocabulary is PyTorch's; what has fewer is NumPy's,
+    whose calls cost less."""
+    logits_BV, V = logits_BV.cpu().float(), logits_BV.shape[1]
     if all(p.temperature for p in params):
         bests, tokens = logits_BV.amax(-1).tolist(), [-1] * len(params)   # a tenth of the time of max, which says where
     else:
@@ -152,95 +155,103 @@ def sample_torch(logits_BV: Tensor, params: list[SamplingParams], keys: list[int
     tokens = [token if math.isfinite(best) else -1 for token, best in zip(tokens, bests)]
     rows = [Row(b, V, p, keys[b], positions[b], best)
             for b, (p, best) in enumerate(zip(params, bests)) if p.temperature and math.isfinite(best)]
-    if not rows:
-        return tokens
+    for draw, some in ((draw_from_all, [row for row in rows if not row.k]),
+                       (draw_from_candidates, [row for row in rows if row.k])):
+        if some:
+            (logits_RV,) = take([row.b for row in some], logits_BV)
+            for row, token in zip(some, draw(logits_RV, some)):
+                tokens[row.b] = token
+    return tokens
 
-    (logits_RW,) = take([row.b for row in rows], logits_BV)
-    logits_RW, blocks_RN, floor_R = narrow(logits_RW, [row.k for row in rows])
-    R, W = logits_RW.shape
-    start_R = torch.tensor([row.start for row in rows], device=device)
-    best_R1, temperature_R1 = torch.tensor([[[row.best] for row in rows], [[row.temperature] for row in rows]],
-                                           dtype=torch.float32, device=device)
-    scaled_RW = torch.empty(R, W + -W % BLOCK, device=device)   # whole blocks
-    scaled_RW[:, W:] = -torch.inf
-    torch.sub(logits_RW, best_R1, out=scaled_RW[:, :W])
-    weights_RW = scaled_RW.div_(temperature_R1).softmax(-1)   # twice as fast as exp
-    weights_RNL, weights_RW = weights_RW.view(R, -1, BLOCK), weights_RW[:, :W]
-    cut, mask_RW = any(row.k or row.p < 1 for row in rows), scaled_RW[:, :W]   # memory that was just used is fast
-    if floor_R is not None:   # the first k, and perhaps more
-        units = weights_RW.amax(-1).tolist()   # what the best logit weighs
-        inside_RW = torch.ge(logits_RW, floor_R[:, None], out=mask_RW)
-        sizes = inside_RW.sum(-1).tolist()
-        for r, (row, floor, size, row.unit) in enumerate(zip(rows, floor_R.tolist(), sizes, units)):
-            if size >= row.k:
-                row.floor, row.size = floor, size
-            else:
-                inside_RW[r] = 1.0
-        weights_RW *= inside_RW
+
+def draw_from_all(logits_RV: Tensor, rows: list[Row]) -> list[int]:
+    """A token for each row without a top_k. N is the blocks of L = BLOCK that the vocabulary fills."""
+    R, V = logits_RV.shape
+    start_R, best_R, temperature_R = columns(rows)
+    scaled_RW = torch.empty(R, V + -V % BLOCK)   # whole blocks
+    scaled_RW[:, V:] = -torch.inf
+    torch.sub(logits_RV, torch.from_numpy(best_R)[:, None], out=scaled_RW[:, :V])
+    weights_RW = scaled_RW.div_(torch.from_numpy(temperature_R)[:, None]).softmax(-1)   # twice as fast as exp
+    weights_RNL = weights_RW.view(R, -1, BLOCK)
     sums_RN = weights_RNL.sum(-1)
     for row, total in zip(rows, total_of(sums_RN)):
-        row.total = total
+        row.least = row.total = total
 
+    tokens, left, mask_RV = [0] * R, list(range(R)), scaled_RW[:, :V]   # memory that was just used is fast
     for draw in itertools.count():
-        place_R, token_R = race(weights_RNL, sums_RN, blocks_RN, exponentials(start_R, draw, BLOCK + -(-V // BLOCK)))
+        times, each_R = exponentials(start_R[left], draw, BLOCK + sums_RN.shape[1]), np.arange(len(left))
+        n_R = race(sums_RN.numpy(), times[:, BLOCK:])
+        token_R = n_R * BLOCK + race(weights_RNL.numpy()[each_R, n_R], times[:, :BLOCK])
         counts = masses = itertools.repeat(0)
-        if cut:
-            before_RW = predecessors(logits_RW, place_R.tolist(), out=mask_RW)
-            weights_RW *= before_RW
+        if any(rows[r].p < 1 for r in left):
+            before_RV = predecessors([logits_RV[r] for r in left], token_R.tolist(), out=mask_RV[:len(left)])
+            weights_RNL.flatten(1)[:, :V].mul_(before_RV)
             sums_RN = weights_RNL.sum(-1)
-            counts, masses = before_RW.sum(-1).tolist(), total_of(sums_RN)
+            counts, masses = before_RV.sum(-1).tolist(), total_of(sums_RN)
         again = []
-        for r, (row, token, count, mass) in enumerate(zip(rows, token_R.tolist(), counts, masses)):
-            if row.keeps(count, mass, logits_BV):
-                tokens[row.b] = token
-            else:
-                again.append(r)
+        for i, (r, token, count, mass) in enumerate(zip(left, token_R.tolist(), counts, masses)):
+            tokens[r] = token
+            if not rows[r].keeps(count, mass):
+                again.append(i)
         if not again:
             return tokens
-        rows = [rows[r] for r in again]
-        logits_RW, weights_RNL, sums_RN, blocks_RN, start_R = take(
-            again, logits_RW, weights_RNL, sums_RN, blocks_RN, start_R)
-        weights_RW, mask_RW = weights_RNL.flatten(1)[:, :W], mask_RW[:len(again)]
+        left = [left[i] for i in again]
+        weights_RNL, sums_RN = take(again, weights_RNL, sums_RN)
 
 
-def narrow(logits_RW: Tensor, ks: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The logits that matter to these top-k, in which blocks they are, and `guess_floors` (None: there is no top-k)."""
-    R, V = logits_RW.shape
-    all_RN = torch.arange(-(-V // BLOCK), device=logits_RW.device).expand(R, -1)
-    most = max(k or V for k in ks)
-    if not few(most, V):
-        return logits_RW, all_RN, guess_floors(logits_RW, ks, V) if any(ks) else None
-    some_RW, some_RN, least_R = best_blocks(logits_RW, most + SPARE)
-    floor_R = guess_floors(some_RW, ks, V)
-    if (least_R < floor_R).all():
-        return some_RW, some_RN, floor_R
-    return logits_RW, all_RN, floor_R   # so many equal the k-th largest that some may be in other blocks
+def draw_from_candidates(logits_RV: Tensor, rows: list[Row]) -> list[int]:
+    """A token for each row with a top_k. N is the blocks of the vocabulary, M the candidates of all rows."""
+    x_RV, (R, V) = logits_RV.numpy(), logits_RV.shape
+    start_R, best_R, temperature_R = columns(rows)
+    size_R, id_M, x_M = find_candidates(logits_RV, np.array([row.k for row in rows]))
+    row_M = np.repeat(np.arange(R), size_R)
+    with np.errstate(over="ignore"):
+        weight_M = np.exp((x_M - best_R[row_M]) / temperature_R[row_M]).astype(np.float64)
+    for row, size, row.total in zip(rows, size_R.tolist(), sum_rows(weight_M, size_R)):
+        row.least = row.total * row.k / size   # the first k weigh as much as the average or more
+    x_of_row = np.split(x_M, np.cumsum(size_R)[:-1])
+
+    tokens, left, N = [0] * R, np.arange(R), -(-V // BLOCK)
+    for draw in itertools.count():
+        times, R, block_M = exponentials(start_R[left], draw, BLOCK + N), len(left), id_M // BLOCK
+        n_R = race(np.bincount(row_M * N + block_M, weight_M, R * N).reshape(R, N), times[:, BLOCK:])
+        weights_RL, at = np.zeros((R, BLOCK)), np.flatnonzero(block_M == n_R[row_M])
+        weights_RL[row_M[at], id_M[at] % BLOCK] = weight_M[at]
+        token_R = n_R * BLOCK + race(weights_RL, times[:, :BLOCK])
+        pivot_M = x_RV[left, token_R][row_M]
+        before_M = (x_M > pivot_M) | (x_M == pivot_M) & (id_M < token_R[row_M])
+        counts, masses = sum_rows(before_M, size_R, int), sum_rows(weight_M * before_M, size_R)
+        again_R = np.zeros(R, dtype=bool)
+        for i, (r, token, count, mass) in enumerate(zip(left.tolist(), token_R.tolist(), counts, masses)):
+            tokens[r], again_R[i] = token, not rows[r].keeps(count, mass, x_of_row[r])
+        if not again_R.any():
+            return tokens
+        at = np.flatnonzero(before_M & again_R[row_M])
+        left, size_R, id_M, x_M, weight_M = left[again_R], np.array(counts)[again_R], id_M[at], x_M[at], weight_M[at]
+        row_M = np.repeat(np.arange(len(left)), size_R)
 
 
-def few(k: int, V: int) -> bool:
-    """Whether half of the blocks, or fewer, are sure to have the first k tokens."""
-    return 0 < k and k + SPARE <= V // (2 * BLOCK)
+def find_candidates(logits_RV: Tensor, k_R: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each row's first k tokens, and some more: how many they are, and their ids and logits. These stand in one line,
+    those of the first row, then those of the second, and so on."""
+    x_RV, (R, V) = logits_RV.numpy(), logits_RV.shape
+    floor_R, size_R = guess_floors(logits_RV, k_R.tolist()).numpy(), 0 * k_R
+    while (size_R < k_R).any():
+        at_M = np.flatnonzero(x_RV >= floor_R[:, None])
+        size_R = np.diff(np.searchsorted(at_M, np.arange(R + 1) * V))
+        floor_R[size_R < k_R] = -np.inf   # that guess was too high
+    return size_R, at_M - np.repeat(np.arange(R) * V, size_R), x_RV.ravel()[at_M]
 
 
-def best_blocks(logits_RW: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's n blocks with the largest maxima, which have its n largest logits: their logits [R, n L], which they
-    are [R, n], and the smallest of their maxima [R], than which no logit elsewhere is larger."""
-    logits_RNL = in_blocks(logits_RW)
-    R, N, L = logits_RNL.shape
-    best = logits_RNL.amax(-1).topk(n, sorted=False)
-    blocks_Rn = best.indices.sort().values
-    index = torch.arange(0, R * N, N, device=logits_RNL.device)[:, None] + blocks_Rn
-    return logits_RNL.flatten(0, 1).index_select(0, index.flatten()).view(R, n * L), blocks_Rn, best.values.amin(-1)
+def sum_rows(x_M: np.ndarray, size_R: np.ndarray, dtype=np.float64) -> list:
+    """The sum of each row, of which each has an element at least."""
+    return np.add.reduceat(x_M, np.cumsum(size_R) - size_R, dtype=dtype).tolist()
 
 
-def in_blocks(logits_BV: Tensor) -> Tensor:
-    """float32 logits [B, N, L], the last block filled up with -inf."""
-    B, V = logits_BV.shape
-    if V % BLOCK:
-        padded_BV = torch.empty(B, V + -V % BLOCK, device=logits_BV.device)
-        padded_BV[:, :V], padded_BV[:, V:] = logits_BV, -torch.inf
-        logits_BV = padded_BV
-    return logits_BV.float().reshape(B, -1, BLOCK)
+def columns(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each row's noise begins, uint64 [R]; its best logit and its temperature, float32 [R]."""
+    return (np.array([row.start for row in rows], dtype=np.uint64),
+            *np.array([[row.best for row in rows], [row.temperature for row in rows]], dtype=np.float32))
 
 
 def total_of(sums_RN: Tensor) -> list[float]:
@@ -262,71 +273,55 @@ class Row:
         self.b, self.p, self.k = b, params.top_p, params.top_k if params.top_k < V else 0   # 0: all
         self.temperature = max(params.temperature, COLDEST)
         self.start = noise_start(key, position)
-        self.size, self.total = V, 0.0          # tokens that are drawn from at first, and their weight
-        self.floor = -math.inf                  # none of their logits is below it
-        self.best, self.unit = best, 1.0        # the best logit, and its weight
+        self.best = best                        # logit, whose weight is 1 among candidates
+        self.least = self.total = 0.0           # what tokens kept by top_k weigh, at least and at most
 
-    def bounds(self, count: int, mass: float) -> tuple[float, float]:
-        """At least and at most what the first k weigh, if so many tokens of so much weight come before one of them. Of
-        the others drawn from at first, the first weigh as much as their average or more, none less than the floor."""
-        if not self.k:
-            return self.total, self.total
-        share = (self.k - count) / (self.size - count)
-        smallest = self.unit * math.exp((self.floor - self.best) / self.temperature)
-        return mass + (self.total - mass) * share, self.total - (self.size - self.k) * smallest
-
-    def keeps(self, count: int, mass: float, logits_BV: Tensor) -> bool:
-        """Whether a token is kept that has so many tokens, of so much weight, before it."""
+    def keeps(self, count: int, mass: float, x_M: np.ndarray | None = None) -> bool:
+        """Whether a token is kept that has so many tokens, of so much weight, before it. x_M: candidates' logits."""
         if self.k and count >= self.k:
             return False
-        least, most = self.bounds(count, mass)
-        if self.p == 1 or not count or mass < self.p * least:   # of a top_p however small the best token is left
+        if self.p == 1 or not count or mass < self.p * self.least:   # of a top_p however small the best token is left
             return True
-        if mass < self.p * most:   # seldom: then it must be known
-            logits_K = logits_BV[self.b].float().topk(self.k).values
-            self.total = self.unit * ((logits_K - self.best) / self.temperature).double().exp().sum().item()
-            self.size = self.k
-            return mass < self.p * self.total
-        return False
+        if self.least < self.total and mass < self.p * self.total:   # seldom: then it must be known
+            first_K = np.partition(x_M, -self.k)[-self.k:].astype(np.float64)
+            self.least = self.total = np.exp((first_K - self.best) / self.temperature).sum()
+        return mass < self.p * self.least
 
 
-def race(weights_RNL: Tensor, sums_RN: Tensor, blocks_RN: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Who wins each row: its place among the row's tokens, and its id. times: those of a block's tokens, then those of
-    blocks. The waiting time of weight 0 is infinite."""
-    each_R = torch.arange(len(times), device=times.device)
-    n_R = (times[:, BLOCK:].gather(1, blocks_RN) / sums_RN).argmin(-1)
-    l_R = (times[:, :BLOCK] / weights_RNL[each_R, n_R]).argmin(-1)
-    return n_R * BLOCK + l_R, blocks_RN[each_R, n_R] * BLOCK + l_R
+def race(weights: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Who wins each row: the one whose time over its weight is the shortest. That of weight 0 is infinite."""
+    return (weights / times).argmax(1)
 
 
-def predecessors(logits_RW: Tensor, places: list[int], out: Tensor) -> Tensor:
-    """1.0 for tokens that come before the one at this place of their row: larger logits, equal ones on the left of it.
-    (Comparisons into floats are vectorised, products with them are, too; masks and `where` take ten times as long.)"""
-    for logits_W, place, before_W in zip(logits_RW, places, out):
-        torch.ge(logits_W[:place], logits_W[place], out=before_W[:place])
-        torch.gt(logits_W[place:], logits_W[place], out=before_W[place:])
+def predecessors(rows_V: list[Tensor], tokens: list[int], out: Tensor) -> Tensor:
+    """1.0 for what comes before a row's token: larger logits, and equal ones on the left of it. (Comparisons into
+    floats are vectorised, and so are products with them; masks and `where` take ten times as long.)"""
+    for logits_V, token, before_V in zip(rows_V, tokens, out):
+        torch.ge(logits_V[:token], logits_V[token], out=before_V[:token])
+        torch.gt(logits_V[token:], logits_V[token], out=before_V[token:])
     return out
 
 
-def guess_floors(logits_RW: Tensor, ks: list[int], V: int) -> Tensor:
+def guess_floors(logits_RV: Tensor, ks: list[int]) -> Tensor:
     """Logits [R] that k tokens of the row, and few more, are at or above; -inf where k is 0. It is a guess and need not
     be right: it saves draws.
 
-    Few: the k-th largest of the best blocks, which is the row's. More: the k-th largest of the maxima of V / GROUP
-    groups (more are above it only where groups have two). Many: of every GROUP-th logit the one with such a rank that
-    it is hardly ever above the k-th largest, two standard deviations and two beyond the rank that is expected.
+    If the row is cut into groups, 4 k or more, the k-th largest of their maxima is such a logit: more than k tokens are
+    above it only where groups have two. Where k is large, of every 16th logit the one with such a rank that it is
+    hardly ever above the k-th largest, two standard deviations and two beyond the rank that is expected.
     """
-    floor_R = torch.full([len(ks)], -torch.inf, device=logits_RW.device)
+    V = logits_RV.shape[1]
+    floor_R = torch.full([len(ks)], -torch.inf, device=logits_RV.device)
     for k in set(ks) - {0}:
         rows = [r for r, k_of_row in enumerate(ks) if k_of_row == k]
-        (some_RM,), rank = take(rows, logits_RW), k
-        if few(k, V):
-            if some_RM.shape[1] >= V:
-                some_RM, _, _ = best_blocks(some_RM, k)
-        elif V > 1 << 13 and k <= V // (4 * GROUP):
-            some_RM = some_RM[:, :V - V % GROUP].unflatten(1, (GROUP, -1)).amax(1)
-        elif V > 1 << 13:
-            some_RM, rank = some_RM[:, ::GROUP].contiguous(), math.ceil(k / GROUP + 2 * math.sqrt(k / GROUP) + 2)
+        (some_RM,), rank = take(rows, logits_RV), k
+        size = next((size for size in (128, 64, 32, 16) if 4 * k * size <= V), None)
+        if V <= 1 << 13:
+            pass
+        elif size:
+            some_RM = some_RM[:, :V - V % size].unflatten(1, (size, -1)).amax(1)
+        else:
+            some_RM, rank = some_RM[:, ::16].contiguous(), math.ceil(k / 16 + 2 * math.sqrt(k / 16) + 2)
         floor_R[rows] = some_RM.topk(min(rank, some_RM.shape[1]), sorted=False).values.amin(-1).float()
     return floor_R
 
@@ -385,12 +380,13 @@ def sample_triton(logits_BV: Tensor, params: list[SamplingParams], keys: list[in
     (B, V), device = logits_BV.shape, logits_BV.device
     logits_BV = logits_BV.contiguous()
     rows = [Row(b, V, *of_row) for b, of_row in enumerate(zip(params, keys, positions))]
-    whole_B2 = torch.tensor([[row.start, row.k] for row in rows]).to(device, non_blocking=True)
+    whole_B2 = torch.from_numpy(np.array([[row.start, row.k] for row in rows], dtype=np.uint64).view(np.int64))
+    whole_B2 = whole_B2.to(device, non_blocking=True)
     real_B2 = torch.tensor([[row.temperature if p.temperature else 0.0, row.p] for row, p in zip(rows, params)],
                            dtype=torch.float64).to(device, non_blocking=True)
     floor_B = tokens_B = torch.empty(B, dtype=torch.int64, device=device)
     if any(row.k for row in rows):
-        floor_B = guess_floors(logits_BV, [row.k for row in rows], V)
+        floor_B = guess_floors(logits_BV, [row.k for row in rows])
     _sample_kernel[(B,)](logits_BV, floor_B, whole_B2, real_B2, tokens_B, V, V, BLOCK=BLOCK, BLOCKS=8, num_warps=8)
     return tokens_B.tolist()
 

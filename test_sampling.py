@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 import kernels   # it chooses Triton's interpreter where there is no GPU
 import sampling
-from sampling import (BLOCK, SamplingParams, choose, describe, exponentials, guess_floors, log_probabilities, noise_key,
-                      sample, noise_start)
+from sampling import (BLOCK, SamplingParams, choose, describe, exponentials, find_candidates, guess_floors,
+                      log_probabilities, noise_key, sample, noise_start)
 
 HAS_TRITON = kernels.load_triton() is not None
 SIGMAS = 5   # right code is farther off once in 1.7 million keys
@@ -62,6 +62,10 @@ def assert_frequencies(counts: np.ndarray, expected: np.ndarray):
     if free:
         chi = ((counts - expected) ** 2 / expected).sum()
         assert ((chi / free) ** (1 / 3) - 1 + 2 / (9 * free)) / math.sqrt(2 / (9 * free)) < SIGMAS, (counts, expected)
+
+
+def starts(*numbers: int) -> np.ndarray:
+    return np.array(numbers, dtype=np.uint64)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -113,7 +117,7 @@ def test_a_token_wins_exactly_when_its_time_is_the_shortest(V, rare):
     """Down to probabilities of 1e-9: the weight that a token needs to win is known to 5 digits."""
     params, common = SamplingParams(temperature=1.0), 5 if rare // BLOCK else V - 1
     for position in range(40):
-        times = exponentials(torch.tensor([noise_start(1, position)]), 0, BLOCK + 5)[0].tolist()
+        times = exponentials(starts(noise_start(1, position)), 0, BLOCK + 5)[0].tolist()
         # Two tokens, in two blocks or in one. What is rarer than this pair of numbers is made rarer by the other block.
         a, b = ((BLOCK + rare // BLOCK, BLOCK + common // BLOCK) if V > BLOCK else (rare, common))
         needed = times[a] / times[b]
@@ -126,12 +130,12 @@ def test_a_token_wins_exactly_when_its_time_is_the_shortest(V, rare):
 
 def test_exponential_numbers_have_52_random_bits():
     """All of them, or tokens of probability 1e-9 would be too frequent or never come."""
-    start = torch.tensor([noise_start(1, position) for position in range(2000)])
-    uniform = -torch.expm1(-exponentials(start, 0, 100)).flatten()
+    start = starts(*(noise_start(1, position) for position in range(2000)))
+    uniform = -np.expm1(-exponentials(start, 0, 100)).flatten()
     assert 0 < uniform.min() and uniform.max() < 1 and exponentials(start, 0, 100).max() < 40
     for bits in (0, 8, 16, 24, 32, 40):   # the digits of the number behind these bits
-        digits = (uniform * 2.0 ** bits % 1 * 16).long()
-        assert_frequencies(np.bincount(digits.numpy(), minlength=16), np.full(16, len(uniform) / 16))
+        digits = (uniform * 2.0 ** bits % 1 * 16).astype(int)
+        assert_frequencies(np.bincount(digits, minlength=16), np.full(16, len(uniform) / 16))
 
 
 def test_the_smallest_random_number_is_above_0_and_the_largest_is_finite():
@@ -144,7 +148,7 @@ def test_the_smallest_random_number_is_above_0_and_the_largest_is_finite():
         z = z * pow(sampling.MIX_1, -1, 2 ** 64) % 2 ** 64
         z ^= z >> 30 ^ z >> 60
         assert sampling.mix(z) == bits
-        (number,) = exponentials(torch.tensor([z - 2 ** 64 if z >= 2 ** 63 else z]), 0, 1)[0].tolist()
+        (number,) = exponentials(starts(z), 0, 1)[0].tolist()
         assert number == pytest.approx(2 ** -53 if bits == 0 else 53 * math.log(2))
 
 
@@ -153,8 +157,8 @@ def test_the_smallest_random_number_is_above_0_and_the_largest_is_finite():
 
 def test_numbers_are_independent_along_every_input():
     """Consecutive keys, positions, draws and token ids. 131,072 numbers: a correlation of 0.014 would be seen."""
-    start = torch.tensor([[noise_start(key, position) for position in range(16)] for key in range(16)])
-    numbers = torch.stack([exponentials(start.flatten(), draw, 64) for draw in range(8)]).view(8, 16, 16, 64)
+    start = starts(*(noise_start(key, position) for key in range(16) for position in range(16)))
+    numbers = torch.tensor(np.stack([exponentials(start, draw, 64) for draw in range(8)])).view(8, 16, 16, 64)
     assert len(numbers.unique()) == numbers.numel()
     for axis in range(4):   # draws, keys, positions, token ids
         # No value of an input has numbers of its own: each slice has the mean 1 and the variance 1 (of which the
@@ -202,7 +206,7 @@ def test_the_noise_is_splitmix64():
     """Its first numbers from the state 1234567: a seed must mean the same in the next release."""
     states = [(1234567 + (i + 1) * sampling.GOLDEN) % 2 ** 64 for i in range(3)]
     assert [sampling.mix(z) for z in states] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    numbers = exponentials(torch.tensor([1234567]), 0, 4)[0, 1:]
+    numbers = exponentials(starts(1234567), 0, 4)[0, 1:]
     uniform = [((sampling.mix(z) >> 12) + 0.5) / 2 ** 52 for z in states]
     assert numbers.tolist() == pytest.approx([-math.log1p(-u) for u in uniform], rel=1e-12)
 
@@ -261,10 +265,11 @@ def test_what_top_p_is_a_part_of_is_the_weight_of_the_first_k(k, p):
     n = int(kept.sum())
     assert set(np.flatnonzero(kept)) == set(order[:n])
     batch = torch.stack([torch.zeros(V), logits])   # the row that is meant is not the first
-    row = rows_of(batch, [params] * 2)[1]
-    weights = row.unit * np.exp((logits.double().numpy() - logits.max().item()))[order]
+    sizes, _, candidates = find_candidates(batch, np.array([k, k]))
+    weights = np.exp(logits.double().numpy() - logits.max().item())[order]
     for count in {max(n - 2, 0), n - 1, n, n + 1, k // 2, k - 1, k, k + 3}:
-        assert row.keeps(count, weights[:count].sum(), batch) == (count < n), (count, n)
+        row = rows_of(batch, [params] * 2)[1]
+        assert row.keeps(count, weights[:count].sum(), candidates[sizes[0]:]) == (count < n), (count, n)
 
 
 def rows_of(logits_BV: torch.Tensor, params: list[SamplingParams]) -> list[sampling.Row]:
@@ -290,31 +295,46 @@ def test_the_guess_leaves_little_more_than_the_first_k(scale):
     """Else a draw is rejected again and again, which takes time."""
     ks = [1, 20, 50, 256, 257, 1000, 5000, 12_000]
     logits = random_logits(len(ks), 16_384, scale=scale)
-    floors = guess_floors(logits, ks, 16_384)
+    floors = guess_floors(logits, ks)
     sizes = (logits >= floors[:, None]).sum(1).tolist()
     assert all(k <= size <= 1.6 * k + 5 for k, size in zip(ks, sizes)), sizes
-    assert guess_floors(logits[:2], [0, 5], 16_384)[0] == -torch.inf
+    assert guess_floors(logits[:2], [0, 5])[0] == -torch.inf
+    assert find_candidates(logits, np.array(ks))[0].tolist() == sizes
     rows = rows_of(logits, [SamplingParams(temperature=1.0, top_k=k, top_p=0.9) for k in ks])
-    assert [row.size for row in rows] == sizes
-    for row, k in zip(rows, ks):   # and with it, what is known of the weight of the first k
-        weight_K = row.unit * (logits[row.b].topk(k).values.double() - row.best).exp()
-        weight = weight_K.sum().item()
-        for count in (0, k // 2, k - 1):
-            least, most = row.bounds(count, weight_K[:count].sum().item())
-            assert least <= weight * (1 + 1e-5) and weight <= most * (1 + 1e-5) and most < 1.2 * least + 2 * row.unit
+    for row, k, size in zip(rows, ks, sizes):   # and with it, what is known of the weight of the first k
+        weight = (logits[row.b].topk(k).values.double() - row.best).exp().sum().item()
+        assert row.least <= weight * (1 + 1e-5) and weight <= row.total * (1 + 1e-5)
+        assert row.least == pytest.approx(row.total * k / size)
+
+
+@pytest.mark.parametrize("V", [5000, 20_000])
+def test_candidates_are_the_first_k_and_what_is_as_likely_as_some_that_follow(V):
+    """Whole rows of equal logits, too: k of them are not enough to say which."""
+    logits = torch.stack([random_logits(V), random_logits(V).round(), torch.zeros(V), random_logits(V, scale=0.1)])
+    ks = np.array([3, 70, 40, 2000])
+    sizes, ids, found = find_candidates(logits, ks)
+    ends = np.cumsum(sizes)
+    for row, k, begin, end in zip(logits.numpy(), ks, ends - sizes, ends):
+        assert (np.diff(ids[begin:end]) > 0).all() and (found[begin:end] == row[ids[begin:end]]).all()
+        assert set(np.flatnonzero(row >= found[begin:end].min())) == set(ids[begin:end])
+        assert set(np.lexsort((np.arange(V), -row))[:k]) <= set(ids[begin:end])
 
 
 @pytest.mark.parametrize("k", [10, 1000])
 def test_a_guess_that_is_wrong_leaves_the_row_whole(k):
-    """What the guess looks at is large, or small, and says nothing of the rest."""
-    params, looked_at = SamplingParams(temperature=1.0, top_k=k), torch.arange(4096) % sampling.GROUP == 0
-    for logits in (looked_at.float(), -looked_at.float(), looked_at.flip(0).float()):
-        kept = np.lexsort((np.arange(4096), -logits.numpy()))[:k]
-        tokens = draws(logits, params, 600)
+    """For k = 1000 it looks at every 16th logit. These are large, or small, and say nothing of the rest."""
+    V, params = 16_384, SamplingParams(temperature=1.0, top_k=k)
+    looked_at, few = (torch.arange(V) % 16 == 0).float(), random_logits(V, scale=0.1)
+    too_high = 20 * looked_at * (torch.arange(V) < 2000) + few   # the guess is among 125 logits, as if there were 2,000
+    for logits, whole in ((too_high, k == 1000), (-3 * looked_at + few, False), (3 * looked_at.flip(0) + few, False)):
+        assert (find_candidates(logits[None], np.array([k]))[0] == V) == whole
+        kept = np.lexsort((np.arange(V), -logits.numpy()))[:k]
+        tokens = draws(logits, params, 300)
         assert set(tokens) <= set(kept)
-        likely = logits[tokens] == logits.max()
-        share = probabilities(logits, params)[logits.numpy() == logits.numpy().max()].sum()
-        assert abs(likely.double().mean() - share) <= SIGMAS * math.sqrt(share * (1 - share) / 600) + 1e-9
+        likely = probabilities(logits, params)
+        half = kept[np.cumsum(likely[kept]) <= 0.5]
+        share = likely[half].sum()
+        assert abs(np.isin(tokens, half).mean() - share) <= SIGMAS * math.sqrt(share * (1 - share) / 300) + 1e-9
 
 
 # ---------------------------------------------------------------------------------------------
