@@ -29,6 +29,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from itertools import accumulate
+from math import inf
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -53,6 +54,9 @@ FADE = 0.999      # what a measured time is worth a step later
 MARGIN = 1.1      # speed with drafts must be so many times that without, as measured times are noisy
 UNLIKELY = 0.03   # a draft that is right less often is not worth thinking about
 THINKING = 0.01   # of the time: what looking for drafts may take while none is found that pays
+SPARE = 0.025     # of the time: what drafts may cost while none is right
+PURSE = 0.25      # of a step: more than that is not saved up for drafts
+UNKNOWN = 0.3     # of a step: what drafts may cost more than it seems, in a step twice as large as any known one
 
 
 class Speculator:
@@ -74,6 +78,12 @@ class Speculator:
     a step, it is made when the chance is about x. Its failure takes WEIGHT * x off the chance, which needs WEIGHT * x /
     HOPE steps to come back. So tries cost HOPE / WEIGHT = 1% of the time, however large x is.
 
+    At first the chances and the times are no more than guesses, and a short text has no time to make good what they
+    cost. So drafts are paid for from a purse. SPARE of each step's time goes into it, and what right drafts save, until
+    it holds PURSE of a step. A step takes no more drafts than can be paid for if none is right but those that `shown`
+    promises: a chance like the other, which begins at 0. (A full purse pays for one step, whatever it costs: at batch
+    1 a single draft may cost half a step.) So drafts that are never right cost 2.5% of the time, and one step's drafts.
+
     Looking for drafts takes time itself: 0.2 ms for 16 requests, 5% of a step of demo/llama. So after a step for which
     none were worth it, it rests for as many steps as make that THINKING of the time. With a large model these are none.
     """
@@ -84,6 +94,8 @@ class Speculator:
         self.seconds = Times()                  # of the model's step by its number of tokens
         self.usual = 0.5                        # the chance with which a new request begins: that of the last trials
         self.chances = WeakKeyDictionary()      # Request -> chance
+        self.shown = WeakKeyDictionary()        # Request -> chance as its own drafts have shown it
+        self.purse = inf                        # seconds; it is full when the first times are known
         self.drafts = {}                        # Request -> its drafts in this step
         self.offered = []                       # requests that could have had drafts in this step
         self.rest = 0                           # for how many steps it does not look for drafts
@@ -122,25 +134,29 @@ class Speculator:
     def worthwhile(self, requests: list, offers: list[int], rows: int) -> list[int]:
         """How many of the offered drafts to take for each request, in a step that runs so many tokens without them. A
         step gets at most 8 tokens, or twice as many as the largest known one, whichever is more."""
-        counts, deepest, tokens = [0] * len(requests), 0, len(requests)
-        drafts = []
+        counts, drafts, curve = [0] * len(requests), [], self.seconds.curve()
+        if not curve:
+            return counts
         for b, (request, offer) in enumerate(zip(requests, offers)):
-            chance = self.chances.get(request, self.usual)
-            drafts += [(-chance ** n, n, b) for n in range(1, offer + 1) if chance ** n > UNLIKELY]
+            chance, shown = self.chances.get(request, self.usual), self.shown.get(request, 0.0)
+            drafts += [(-chance ** n, n, b, shown ** n) for n in range(1, offer + 1) if chance ** n > UNLIKELY]
         drafts.sort()
-        curve, a_pass = self.seconds.curve(), at(self.drafter.seconds.curve(), len(requests))
-        drafts = drafts[:max(0, max(8, 2 * curve[-1][0] if curve else 0) - rows)]
-        best, best_count = 0.0, len(drafts)
-        if curve:
-            seconds, without = at(curve, len(requests)), at(curve, rows)
-            best, best_count = MARGIN * tokens / seconds, 0
-            for count, (probability, n, _) in enumerate(drafts, 1):
-                tokens, deepest = tokens - probability, max(deepest, n)
-                if count == about(count, 3) or count == len(drafts):   # 1 to 8, 10, 12, ...: some are enough
-                    speed = tokens / (seconds + at(curve, rows + count) - without + deepest * a_pass)
-                    if speed >= best:
-                        best, best_count = speed, count
-        for _, _, b in drafts[:best_count]:
+        seconds, without, largest = at(curve, len(requests)), at(curve, rows), curve[-1][0]
+        a_pass, tokens, sure, deepest = at(self.drafter.seconds.curve(), len(requests)), len(requests), 0.0, 0
+        best, best_count = MARGIN * tokens / seconds, 0
+        drafts = drafts[:max(0, max(8, 2 * largest) - rows)]
+        for count, (probability, n, _, shown) in enumerate(drafts, 1):
+            tokens, sure, deepest = tokens - probability, sure + shown, max(deepest, n)
+            if count == about(count, 3) or count == len(drafts):   # 1 to 8, 10, 12, ...: some are enough
+                cost = at(curve, rows + count) - without + deepest * a_pass
+                speed = tokens / (seconds + cost)
+                beyond = min(1.0, max(0.0, (rows + count) / largest - 1))
+                price = max(cost, UNKNOWN * beyond * without) - sure * seconds / len(requests)
+                if min(price, PURSE * without) > self.purse:
+                    break
+                if speed >= best:
+                    best, best_count = speed, count
+        for _, _, b, _ in drafts[:best_count]:
             counts[b] += 1
         return counts
 
@@ -155,8 +171,23 @@ class Speculator:
             right = ahead == 0 or right and tokens[row - 1] == self.drafts[request][ahead - 1]
             if right:
                 kept.append(row)
-        self.seconds.add(rows, seconds)
+        self.pay(rows, seconds, sum(takers[row][1] > 0 for row in kept))
         return kept
+
+    def pay(self, rows: int, seconds: float, right: int):
+        """Learn how long a step of so many tokens takes, and pay for its drafts, of which so many were right. A time
+        that is not known yet may be that of compiling, or a neighbour's burst: it counts as twice a step without drafts
+        at most."""
+        self.seconds.add(rows, seconds)
+        counts, curve = list(map(len, self.drafts.values())), self.seconds.curve()
+        without = at(curve, rows - sum(counts))
+        if counts:
+            verified = at(curve, rows) if about(rows) in self.seconds.typical else min(seconds, 2 * without)
+            passes = max(counts) * at(self.drafter.seconds.curve(), len(self.offered))
+            saved = right * at(curve, len(self.offered)) / len(self.offered)
+            self.purse += saved + without - verified - passes
+        if without:
+            self.purse = min(self.purse + SPARE * without, PURSE * without)
 
     def learn(self, accepted: dict):
         """After the step. accepted: Request -> how many of its drafts were right."""
@@ -164,11 +195,10 @@ class Speculator:
         hope = HOPE * (1 + self.rest)   # for the steps to come without a trial, too
         for request in self.offered:
             chance, drafts = self.chances.get(request, self.usual), len(self.drafts.get(request, ()))
-            right = accepted.get(request, 0)
+            shown, right = self.shown.get(request, 0.0), accepted.get(request, 0)
             for success in [1.0] * right + [0.0] * (right < drafts):
-                chance += WEIGHT * (success - chance)
-                self.usual += WEIGHT * (success - self.usual)
-            self.chances[request] = chance if drafts else min(1.0, chance + hope)
+                chance, shown, self.usual = (x + WEIGHT * (success - x) for x in (chance, shown, self.usual))
+            self.chances[request], self.shown[request] = chance if drafts else min(1.0, chance + hope), shown
         if self.offered and not self.drafts:
             self.usual = min(1.0, self.usual + hope)
 
