@@ -8,7 +8,7 @@ The idea is online softmax, in seven lines above `_sweep`: queries meet their ke
 the T x T scores never exist.
 
 The two regimes. Prefill runs the tokens of a prompt, many at once; decode runs the one token that was sampled
-last. A query row is one query head of one token, and the G query heads that share a KV head share its keys:
+last. A query row is one query head of one token, and the G query heads that share a KV head share its keys. In 16 bits:
 
     prefill    R rows, tokens x G     4 R D operations per key    2 D numbers, 4 D bytes    R operations per byte
     decode     G rows, 1 token x G    4 G D operations per key    2 D numbers, 4 D bytes    G operations per byte
@@ -20,8 +20,7 @@ the tiles beside it find the same keys in the L2 cache.) Decode has another trou
 machine. So its keys are cut into splits that run side by side, and merge by the recurrence of online softmax:
 its three running values are all that a split leaves behind. A verification runs a token and n guesses of what
 follows it. It reads the bytes of a decode, and units that would idle do its n + 1 times as many operations. So
-every chunk of a few tokens is served like a decode, as a short chunk. (Nobody keeps q: a later token asks with
-its own query.)
+every chunk of a few tokens is served like a decode, as a short chunk.
 
 Layout: k_KNSD holds K heads of N blocks of S slots, so one block of one head is one contiguous piece of
 memory. Token t of a request lives in slot block_table[t // S] * S + t % S. "The dog" of paged_kv.py, about
@@ -177,7 +176,7 @@ def plan_torch(batch: Batch, H: int, k_KNSD: Tensor, window: int | None, dtype: 
     tokens and about as many keys: one call for up to 127 keys, one for 128 to 255, and so on. (16 verifications of 5
     tokens, 9 heads on 3 of size 64: with 64 to 127 keys 474 us in one call, 916 in 16; with 100 to 500 2,471, 1,930.)
     """
-    (K, _, S, D), groups = k_KNSD.shape, defaultdict(list)
+    (K, _, S, D), groups = k_KNSD.shape, defaultdict(list)   # by tokens, and by bits of keys or -b: a call of its own
     many = IN_PLACE // (2 * K * D * k_KNSD.element_size())
     for b, chunk in enumerate(batch.chunks):
         n, count = len(chunk.tokens), batch.lens[b] - first_key(batch, b, window)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from device import jit, load_triton
 
-SMALL = 1 << 20   # bytes of a weight in float32
+SMALL = 1 << 20   # bytes of a weight that sits in the caches
 GROUP = 128       # columns that share a scale, where a row has several; in blocks of FP8 as many rows do, too
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 triton = tl = INTERPRETED = None   # until `load_triton`
@@ -45,7 +45,7 @@ class Part:
     """One weight of the model: [out, in], or [out] for a norm, and its bias [out] or None.
 
     A weight in 8 bits, int8 or float8_e4m3fn, has a scale, float32 [out, G]: what the weights of row o and of group g
-    of the columns are multiplied by. G is 1, or there is a group for each 128 columns.
+    of the columns are multiplied by. G is 1, or there is a group for each 128 columns. ([out] once packed for oneDNN.)
 
     Where several processes share a model, a part is a slice of the weight, and `slice` joins what the ranks compute.
     None: no other rank is needed.
@@ -72,8 +72,17 @@ def multiply(x_TE: Tensor, part: Part) -> Tensor:
     if part.scale is not None:
         return linear_triton(x_TE, part) if has_kernels(x_TE.device) else linear_int8(x_TE, part)
     if part.weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise.default(x_TE, part.weight, part.bias, "none", [], "")
+        rows_TE = enough_rows(x_TE, part)
+        y_TF = torch.ops.mkldnn._linear_pointwise.default(rows_TE, part.weight, part.bias, "none", [], "")
+        return y_TF[:len(x_TE)]
     return F.linear(x_TE, part.weight, part.bias)
+
+
+def enough_rows(x_TE: Tensor, part: Part) -> Tensor:
+    """One or two rows with zeros below them: oneDNN reads a large weight faster for five rows than for fewer. (On an
+    AMD EPYC it takes 0.8 to 0.9 of the time of one row, 0.75 of that of two, and as long as for four.)"""
+    few = len(x_TE) < 3 and part.weight.nbytes > 2 * SMALL
+    return F.pad(x_TE, (0, 0, 0, 5 - len(x_TE))) if few else x_TE
 
 
 def pack(part: Part, dtype: torch.dtype) -> Part:
@@ -218,9 +227,9 @@ def linear_int8(x_TE: Tensor, part: Part) -> Tensor:
     """`linear` for a weight of int8: whole numbers, exactly, then the scales."""
     whole_TE, scale_T1 = quantize_rows(x_TE, part)
     if part.weight.is_mkldnn:   # it wants rows from 1 to 255, and takes out of the sums what that adds
-        rows_TE = whole_TE.add_(128).to(torch.uint8)
+        rows_TE = enough_rows(whole_TE.add_(128).to(torch.uint8), part)
         y_TF = torch.ops.onednn.qlinear_pointwise.default(
-            rows_TE, 1.0, 128, part.weight, part.scale, None, None, 1.0, 0, torch.float32, "none", [], "")
+            rows_TE, 1.0, 128, part.weight, part.scale, None, None, 1.0, 0, torch.float32, "none", [], "")[:len(x_TE)]
     else:
         y_TF = multiply_exactly(whole_TE.to(torch.int8), part.weight) * part.scale.T
     y_TF *= scale_T1

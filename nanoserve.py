@@ -85,7 +85,7 @@ class Request:
     siblings: list[Request] = field(default_factory=list)
     table: BlockTable = field(default_factory=BlockTable)
     computed: int = 0
-    admitted: bool = False         # for the first time
+    admitted: bool = False         # has it ever been?
     unshown: str = ""              # text that may yet turn out to be the beginning of a stop string
 
     def __post_init__(self):
@@ -93,7 +93,7 @@ class Request:
 
     @property
     def pending(self) -> int:
-        """Tokens to run before the next one can be chosen: 1 in decode, more in prefill."""
+        """Tokens to run before the next one can be chosen: 1 in decode, more in prefill, but for a prompt's last."""
         return len(self.tokens) - self.computed
 
     def append(self, token: int, eos: list[int], now: float):
@@ -298,7 +298,8 @@ class LLM:
     KV head, in little more than a quarter of float32's memory or half of bfloat16's. quantization: "int8" or "fp8"
     brings the weights into 8 bits while they are loaded.
     speculative_model: who guesses tokens for the model to verify, "ngram" or the folder of a smaller model with the
-    same vocabulary; num_speculative_tokens: how many of a request in a step, at most.
+    same vocabulary; num_speculative_tokens: how many of a request in a step, at most;
+    no more than 15.
     cuda_graphs: whether decode steps are replayed; None: wherever attention is "triton" on a GPU. weights: those of
     another LLM of the same model, to share; None: they are read. tensor_parallel_size: how many processes share the
     model; this one is the first, and the others end with it. processes: how many share the device's memory.
@@ -562,16 +563,17 @@ class LLM:
         A prompt that cannot run ends with finish_reason "error" and the reason in `error`; the others
         are not affected.
         """
-        first = self.next_id
+        first, stop = self.next_id, None
         try:
             outputs = self.start(prompts, params)
+            stop = self.next_id   # what a watcher or logits_processor adds from here on is none of these prompts
             for out in outputs:
                 for sample in out.samples:
                     while sample.finish_reason is None:
                         self._turn()
             return outputs
         finally:
-            self._leave(range(first, self.next_id))
+            self._leave(range(first, stop or self.next_id))
 
     def _leave(self, ids: range):
         """Interrupted or not, leave nothing behind of these requests. What others have grown meanwhile the next `step`

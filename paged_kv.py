@@ -93,7 +93,7 @@ class KVPool(KVMemory):
                  latent: bool = False):
         super().__init__(layers, kv_heads, head_dim, num_blocks, block_size, dtype, device, latent)
         self.draft = draft
-        self.drafted: set[int] = set()                        # blocks that are full in the draft's memory, too
+        self.drafted_blocks: set[int] = set()                 # blocks that are full in the draft's memory, too
         self.num_blocks, self.block_size, self.prefix_cache = num_blocks, block_size, prefix_cache
         self.references = [0] * num_blocks                    # tables that hold each block
         self.free = FreeBlocks(num_blocks)
@@ -223,7 +223,7 @@ class KVPool(KVMemory):
         else:
             block, digest = self.cached.popitem(last=False)
             del self.index[digest], self.digests[block]
-        self.drafted.discard(block)
+        self.drafted_blocks.discard(block)
         return block
 
     def names(self, table: BlockTable, tokens: list[int], num_tokens: int) -> list[bytes]:

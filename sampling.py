@@ -155,20 +155,22 @@ def sample_torch(logits_BV: Tensor, params: list[SamplingParams], keys: list[int
     tokens = [token if math.isfinite(best) else -1 for token, best in zip(tokens, bests)]
     rows = [Row(b, V, p, keys[b], positions[b], best)
             for b, (p, best) in enumerate(zip(params, bests)) if p.temperature and math.isfinite(best)]
-    for draw, some in ((draw_from_all, [row for row in rows if not row.k]),
-                       (draw_from_candidates, [row for row in rows if row.k])):
+    for choose_tokens, some in ((draw_from_all, [row for row in rows if not row.k]),
+                                (draw_from_candidates, [row for row in rows if row.k])):
         if some:
             (logits_RV,) = take([row.b for row in some], logits_BV)
-            for row, token in zip(some, draw(logits_RV, some)):
+            for row, token in zip(some, choose_tokens(logits_RV, some)):
                 tokens[row.b] = token
     return tokens
 
 
 def draw_from_all(logits_RV: Tensor, rows: list[Row]) -> list[int]:
-    """A token for each row without a top_k. N is the blocks of L = BLOCK that the vocabulary fills."""
+    """A token for each row without a top_k. N is the blocks of L = BLOCK that the vocabulary fills, W their tokens. Of
+    a draw's numbers the first L are for the tokens of the block that wins, whichever it is, the others for the blocks.
+    """
     R, V = logits_RV.shape
     start_R, best_R, temperature_R = columns(rows)
-    scaled_RW = torch.empty(R, V + -V % BLOCK)   # whole blocks
+    scaled_RW = torch.empty(R, V + -V % BLOCK)
     scaled_RW[:, V:] = -torch.inf
     torch.sub(logits_RV, torch.from_numpy(best_R)[:, None], out=scaled_RW[:, :V])
     weights_RW = scaled_RW.div_(torch.from_numpy(temperature_R)[:, None]).softmax(-1)   # twice as fast as exp
@@ -207,9 +209,9 @@ def draw_from_candidates(logits_RV: Tensor, rows: list[Row]) -> list[int]:
     row_M = np.repeat(np.arange(R), size_R)
     with np.errstate(over="ignore"):
         weight_M = np.exp((x_M - best_R[row_M]) / temperature_R[row_M]).astype(np.float64)
-    for row, size, row.total in zip(rows, size_R.tolist(), sum_rows(weight_M, size_R)):
-        row.least = row.total * row.k / size   # the first k weigh as much as the average or more
-    x_of_row = np.split(x_M, np.cumsum(size_R)[:-1])
+    for row, size, total in zip(rows, size_R.tolist(), sum_rows(weight_M, size_R)):
+        row.least, row.total = total * row.k / size, total   # k of so many, and those that weigh most
+    candidates = np.split(x_M, np.cumsum(size_R)[:-1])
 
     tokens, left, N = [0] * R, np.arange(R), -(-V // BLOCK)
     for draw in itertools.count():
@@ -223,7 +225,7 @@ def draw_from_candidates(logits_RV: Tensor, rows: list[Row]) -> list[int]:
         counts, masses = sum_rows(before_M, size_R, int), sum_rows(weight_M * before_M, size_R)
         again_R = np.zeros(R, dtype=bool)
         for i, (r, token, count, mass) in enumerate(zip(left.tolist(), token_R.tolist(), counts, masses)):
-            tokens[r], again_R[i] = token, not rows[r].keeps(count, mass, x_of_row[r])
+            tokens[r], again_R[i] = token, not rows[r].keeps(count, mass, candidates[r])
         if not again_R.any():
             return tokens
         at = np.flatnonzero(before_M & again_R[row_M])
@@ -273,23 +275,24 @@ class Row:
         self.b, self.p, self.k = b, params.top_p, params.top_k if params.top_k < V else 0   # 0: all
         self.temperature = max(params.temperature, COLDEST)
         self.start = noise_start(key, position)
-        self.best = best                        # logit, whose weight is 1 among candidates
-        self.least = self.total = 0.0           # what tokens kept by top_k weigh, at least and at most
+        self.best = best                        # logit
+        self.least = self.total = 0.0           # what the first k tokens weigh (else all of them): at least, at most
 
-    def keeps(self, count: int, mass: float, x_M: np.ndarray | None = None) -> bool:
-        """Whether a token is kept that has so many tokens, of so much weight, before it. x_M: candidates' logits."""
+    def keeps(self, count: int, mass: float, x_C: np.ndarray | None = None) -> bool:
+        """Whether a token is kept that has so many tokens, of so much weight, before it. x_C: the logits of the row's
+        candidates."""
         if self.k and count >= self.k:
             return False
-        if self.p == 1 or not count or mass < self.p * self.least:   # of a top_p however small the best token is left
+        if self.p == 1 or not count or mass < self.p * self.least:   # the best token is kept, however small top_p is
             return True
-        if self.least < self.total and mass < self.p * self.total:   # seldom: then it must be known
-            first_K = np.partition(x_M, -self.k)[-self.k:].astype(np.float64)
+        if self.least < self.total and mass < self.p * self.total:   # seldom: then the first k are added up
+            first_K = np.partition(x_C, -self.k)[-self.k:].astype(np.float64)
             self.least = self.total = np.exp((first_K - self.best) / self.temperature).sum()
         return mass < self.p * self.least
 
 
 def race(weights: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Who wins each row: the one whose time over its weight is the shortest. That of weight 0 is infinite."""
+    """Who wins each row: the shortest time / weight, found as the largest weight / time. So weight 0 never wins."""
     return (weights / times).argmax(1)
 
 
@@ -307,22 +310,21 @@ def guess_floors(logits_RV: Tensor, ks: list[int]) -> Tensor:
     be right: it saves draws.
 
     If the row is cut into groups, 4 k or more, the k-th largest of their maxima is such a logit: more than k tokens are
-    above it only where groups have two. Where k is large, of every 16th logit the one with such a rank that it is
-    hardly ever above the k-th largest, two standard deviations and two beyond the rank that is expected.
+    above it only where groups have two. (The last few tokens are in no group.) If k is too large for that, look at
+    every 16th logit, and take the one whose rank is two standard deviations and two beyond the rank that is expected:
+    it is hardly ever above the k-th largest of all. In a small vocabulary take the k-th largest itself.
     """
     V = logits_RV.shape[1]
     floor_R = torch.full([len(ks)], -torch.inf, device=logits_RV.device)
     for k in set(ks) - {0}:
         rows = [r for r, k_of_row in enumerate(ks) if k_of_row == k]
-        (some_RM,), rank = take(rows, logits_RV), k
+        (some_RG,), rank = take(rows, logits_RV), k
         size = next((size for size in (128, 64, 32, 16) if 4 * k * size <= V), None)
-        if V <= 1 << 13:
-            pass
-        elif size:
-            some_RM = some_RM[:, :V - V % size].unflatten(1, (size, -1)).amax(1)
-        else:
-            some_RM, rank = some_RM[:, ::16].contiguous(), math.ceil(k / 16 + 2 * math.sqrt(k / 16) + 2)
-        floor_R[rows] = some_RM.topk(min(rank, some_RM.shape[1]), sorted=False).values.amin(-1).float()
+        if V > 1 << 13 and size:
+            some_RG = some_RG[:, :V - V % size].unflatten(1, (size, -1)).amax(1)
+        elif V > 1 << 13:
+            some_RG, rank = some_RG[:, ::16].contiguous(), math.ceil(k / 16 + 2 * math.sqrt(k / 16) + 2)
+        floor_R[rows] = some_RG.topk(min(rank, some_RG.shape[1]), sorted=False).values.amin(-1).float()
     return floor_R
 
 
@@ -384,7 +386,7 @@ def sample_triton(logits_BV: Tensor, params: list[SamplingParams], keys: list[in
     whole_B2 = whole_B2.to(device, non_blocking=True)
     real_B2 = torch.tensor([[row.temperature if p.temperature else 0.0, row.p] for row, p in zip(rows, params)],
                            dtype=torch.float64).to(device, non_blocking=True)
-    floor_B = tokens_B = torch.empty(B, dtype=torch.int64, device=device)
+    floor_B = tokens_B = torch.empty(B, dtype=torch.int64, device=device)   # nobody reads a floor where k is 0
     if any(row.k for row in rows):
         floor_B = guess_floors(logits_BV, [row.k for row in rows])
     _sample_kernel[(B,)](logits_BV, floor_B, whole_B2, real_B2, tokens_B, V, V, BLOCK=BLOCK, BLOCKS=8, num_warps=8)

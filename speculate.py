@@ -70,7 +70,8 @@ class Speculator:
         speed      tokens / seconds
 
     With a chance of 0.8, a step of 10 ms and 0.5 ms per draft, one draft makes 1.8 tokens in 10.5 ms, two 2.44 in 11,
-    four 3.36 in 12, eight 4.33 in 14. If the best speed is less than MARGIN times that without drafts, there are none.
+    four 3.36 in 12, eight 4.33 in 14: eight it is, or as many as are allowed. If the best speed is less than MARGIN
+    times that without drafts, there are none.
     The times are measured as steps run (`Times`). So the number of drafts follows the text, the batch and the machine,
     down to none.
 
@@ -89,15 +90,16 @@ class Speculator:
     """
 
     def __init__(self, drafter: NgramDrafter | DraftModel, most: int):
-        """most: drafts per request and step."""
-        self.drafter, self.most = drafter, most
+        """most: drafts per request and step, of which no more are taken than a short chunk has room for."""
+        self.drafter, self.most = drafter, min(most, SHORT - 1)
         self.seconds = Times()                  # of the model's step by its number of tokens
         self.usual = 0.5                        # the chance with which a new request begins: that of the last trials
         self.chances = WeakKeyDictionary()      # Request -> chance
         self.shown = WeakKeyDictionary()        # Request -> chance as its own drafts have shown it
         self.purse = inf                        # seconds; it is full when the first times are known
         self.drafts = {}                        # Request -> its drafts in this step
-        self.offered = []                       # requests that could have had drafts in this step
+        self.decodes = 0                        # requests that decode in this step
+        self.offered = []                       # those of them that could have had drafts
         self.rest = 0                           # for how many steps it does not look for drafts
 
     def draft(self, plan: list[tuple], scheduler):
@@ -113,6 +115,7 @@ class Speculator:
         rooms = [0 if request.params.logits_processor else min(self.most, request.max_length - len(request.tokens) - 1)
                  for request, _ in decodes]
         requests = [request for request, _ in decodes]
+        self.decodes = len(requests)
         offers = self.drafter.offers(requests, rooms)
         self.offered = [request for request, offer in zip(requests, offers) if offer]
         budget = scheduler.max_batched_tokens - rows
@@ -134,44 +137,44 @@ class Speculator:
     def worthwhile(self, requests: list, offers: list[int], rows: int) -> list[int]:
         """How many of the offered drafts to take for each request, in a step that runs so many tokens without them. A
         step gets at most 8 tokens, or twice as many as the largest known one, whichever is more."""
-        counts, drafts, curve = [0] * len(requests), [], self.seconds.curve()
+        counts, candidates, curve = [0] * len(requests), [], self.seconds.curve()
         if not curve:
             return counts
         for b, (request, offer) in enumerate(zip(requests, offers)):
             chance, shown = self.chances.get(request, self.usual), self.shown.get(request, 0.0)
-            drafts += [(-chance ** n, n, b, shown ** n) for n in range(1, offer + 1) if chance ** n > UNLIKELY]
-        drafts.sort()
-        seconds, without, largest = at(curve, len(requests)), at(curve, rows), curve[-1][0]
+            candidates += [(-chance ** n, n, b, shown ** n) for n in range(1, offer + 1) if chance ** n > UNLIKELY]
+        candidates.sort()
+        alone, without, largest = at(curve, len(requests)), at(curve, rows), curve[-1][0]   # alone: no prompts either
         a_pass, tokens, sure, deepest = at(self.drafter.seconds.curve(), len(requests)), len(requests), 0.0, 0
-        best, best_count = MARGIN * tokens / seconds, 0
-        drafts = drafts[:max(0, max(8, 2 * largest) - rows)]
-        for count, (probability, n, _, shown) in enumerate(drafts, 1):
+        best, best_count = MARGIN * tokens / alone, 0
+        candidates = candidates[:max(0, max(8, 2 * largest) - rows)]
+        for count, (probability, n, _, shown) in enumerate(candidates, 1):
             tokens, sure, deepest = tokens - probability, sure + shown, max(deepest, n)
-            if count == about(count, 3) or count == len(drafts):   # 1 to 8, 10, 12, ...: some are enough
+            if count == about(count, 3) or count == len(candidates):   # 1 to 8, 10, 12, ...: some are enough
                 cost = at(curve, rows + count) - without + deepest * a_pass
-                speed = tokens / (seconds + cost)
+                speed = tokens / (alone + cost)
                 beyond = min(1.0, max(0.0, (rows + count) / largest - 1))
-                price = max(cost, UNKNOWN * beyond * without) - sure * seconds / len(requests)
+                price = max(cost, UNKNOWN * beyond * without) - sure * alone / len(requests)
                 if min(price, PURSE * without) > self.purse:
                     break
                 if speed >= best:
                     best, best_count = speed, count
-        for _, _, b, _ in drafts[:best_count]:
+        for _, _, b, _ in candidates[:best_count]:
             counts[b] += 1
         return counts
 
     def verify(self, takers: list[tuple], tokens: list[int], rows: int, seconds: float) -> list[int]:
         """Which of a step's tokens count: a request's first, and each one after a draft that is what the model takes.
 
-        takers: the request of each token, and how many drafts are before it. rows, seconds: tokens that the step ran,
-        and its time.
+        takers: the request of each token, and how many drafts are before it. rows, seconds: how many tokens the step
+        ran, and its time.
         """
         kept, right = [], True
-        for row, (request, ahead) in enumerate(takers):
-            right = ahead == 0 or right and tokens[row - 1] == self.drafts[request][ahead - 1]
+        for b, (request, ahead) in enumerate(takers):
+            right = ahead == 0 or right and tokens[b - 1] == self.drafts[request][ahead - 1]
             if right:
-                kept.append(row)
-        self.pay(rows, seconds, sum(takers[row][1] > 0 for row in kept))
+                kept.append(b)
+        self.pay(rows, seconds, sum(takers[b][1] > 0 for b in kept))
         return kept
 
     def pay(self, rows: int, seconds: float, right: int):
@@ -183,8 +186,8 @@ class Speculator:
         without = at(curve, rows - sum(counts))
         if counts:
             verified = at(curve, rows) if about(rows) in self.seconds.typical else min(seconds, 2 * without)
-            passes = max(counts) * at(self.drafter.seconds.curve(), len(self.offered))
-            saved = right * at(curve, len(self.offered)) / len(self.offered)
+            passes = max(counts) * at(self.drafter.seconds.curve(), self.decodes)
+            saved = right * at(curve, self.decodes) / self.decodes
             self.purse += saved + without - verified - passes
         if without:
             self.purse = min(self.purse + SPARE * without, PURSE * without)
@@ -305,8 +308,8 @@ class DraftModel:
     Its K and V are in `pool.draft`, in the blocks of the model's tables. `table.drafted` says how many tokens of a
     request it has read. It reads a prompt when the request begins to decode, in chunks of the token budget, so drafts
     begin a little later than the text. It falls behind while drafts do not pay, and catches up when they do. A block
-    that others computed has the draft's K and V if it is in `pool.drafted`; if not, one of those who share it computes
-    them.
+    that others computed has the draft's K and V if it is in `pool.drafted_blocks`; if not, one of those who share it
+    computes them.
     """
 
     def __init__(self, model: Model, pool: KVPool, max_batched_tokens: int, cuda_graphs: bool):
@@ -327,7 +330,7 @@ class DraftModel:
         drafts, chunks = {request: [] for request in requests}, []
         for request, count in zip(requests, counts):
             table = request.table
-            while count and table.drafted % S == 0 and table.blocks[table.drafted // S] in self.pool.drafted:
+            while count and table.drafted % S == 0 and table.blocks[table.drafted // S] in self.pool.drafted_blocks:
                 table.drafted += S
             tokens = request.tokens[table.drafted:table.drafted + budget]
             blocks = table.blocks[table.drafted // S:self.pool.blocks_for(table.drafted + len(tokens))]
@@ -372,7 +375,7 @@ class DraftModel:
         for request, reached in self.reached.items():
             table, before = request.table, request.table.drafted
             table.drafted = min(reached, request.computed)
-            self.pool.drafted.update(table.blocks[before // S:table.drafted // S])
+            self.pool.drafted_blocks.update(table.blocks[before // S:table.drafted // S])
         self.reached = {}
 
 

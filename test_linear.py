@@ -49,6 +49,25 @@ def test_a_packed_part_gives_the_product(poisoned, rows, inputs, outputs, dtype,
     np.testing.assert_allclose(out.double(), expected, rtol=tolerance, atol=2 * tolerance * inputs ** 0.5)
 
 
+@pytest.mark.parametrize("dtype, outputs", [(torch.float32, 700), (torch.bfloat16, 1400), (torch.int8, 2800)])
+def test_few_rows_of_a_large_weight_are_filled_up_and_get_their_own_products(poisoned, dtype, outputs):
+    """One or two rows become five, and only theirs come out; nobody's rows are filled up where the weight is small."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.standard_normal((7, 784))).to(torch.float32 if dtype == torch.int8 else dtype)
+    plain = Part(torch.from_numpy(rng.standard_normal((outputs, 784))).to(x.dtype), torch.from_numpy(rng.standard_normal(outputs)).to(x.dtype))
+    part = pack(linear.quantize(plain, "int8" if dtype == torch.int8 else None), x.dtype)
+    if not part.weight.is_mkldnn:
+        pytest.skip("this processor has no packed product of the type")
+    expected = x.double().numpy() @ plain.weight.double().numpy().T + plain.bias.double().numpy()
+    for rows in range(7):
+        found = linear.linear(x[:rows], part)
+        assert found.shape == (rows, outputs)
+        np.testing.assert_allclose(found.double().numpy(), expected[:rows], atol={torch.float32: 1e-4, torch.bfloat16: 0.6, torch.int8: 2.0}[dtype])
+        filled = linear.enough_rows(x[:rows], part)
+        assert len(filled) == (5 if rows < 3 else rows) and torch.equal(filled[:rows], x[:rows]) and not filled[rows:].any()
+    assert len(linear.enough_rows(x[:1], Part(torch.zeros(600, 784)))) == 1
+
+
 @settings(max_examples=40)
 @given(rows=st.integers(0, 20), biased=st.booleans(), seed=st.integers(0, 99))
 def test_a_plain_part_gives_the_product(poisoned, rows, biased, seed):

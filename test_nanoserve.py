@@ -610,6 +610,17 @@ def test_interrupted_generate_leaves_nothing_behind(lone):
     assert [(out.id, out.token_ids) for out in llm.step()] == [(rid, expected[0][:2])]
 
 
+def test_what_a_watcher_adds_while_prompts_are_generated_outlives_them(lone):
+    folder, prompts, expected = lone["llama"]
+    llm, added = LLM(folder), []
+    llm.watchers.append(lambda *seen: added or added.append(llm.add(prompts[3], SamplingParams(max_tokens=NEW))))
+    assert llm.generate([prompts[4]], SamplingParams(max_tokens=2))[0].token_ids == expected[4][:2]
+    out = llm.requests[added[0]].output
+    while llm.requests:
+        llm.step()
+    assert out.token_ids == expected[3] and llm.pool.num_referenced == 0
+
+
 def test_short_requests_do_not_overtake_a_long_one(lone):
     folder, prompts, _ = lone["llama"]
     llm = LLM(folder, block_size=4, num_blocks=24, max_batched_tokens=30)

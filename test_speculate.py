@@ -405,7 +405,7 @@ def simulate(rule, chance, step_seconds, pass_seconds, B, steps, seed=0, noise=0
     noisy = lambda x: x * (1 + abs(dice.gauss(0, noise))) * (10 if dice.random() < 0.1 * noise else 1)
     for _ in range(steps):
         counts = rule.worthwhile(crowd, [rule.most] * B, B)
-        rule.offered, rule.drafts = crowd, {r: [0] * n for r, n in zip(crowd, counts) if n}
+        rule.decodes, rule.offered, rule.drafts = B, crowd, {r: [0] * n for r, n in zip(crowd, counts) if n}
         for _ in range(max(counts)):
             rule.drafter.seconds.add(B, noisy(pass_seconds))
         accepted = {r: next((i for i in range(n) if dice.random() >= chance), n) for r, n in zip(crowd, counts)}
@@ -455,7 +455,7 @@ def test_a_short_text_whose_drafts_are_never_right_pays_no_more_than_the_purse(s
 def test_what_goes_into_the_purse_and_what_is_paid_from_it():
     """A step of 1 second without drafts, and of 1.5 with two drafts for each of two requests, of 0.05 each pass."""
     rule, crowd = new_rule(2), [Key(), Key()]
-    rule.offered = crowd
+    rule.offered, rule.decodes = crowd[:1], 2   # who has no offer has a share in the step as well
     for step in range(1, 17):
         rule.pay(2, 1.0, 0)
         assert rule.purse == pytest.approx(math.inf if step < 3 else 0.25 if step == 3 else min(step - 3, 10) * 0.025, rel=0.05)
