@@ -195,8 +195,8 @@ class Scheduler:
         return True
 
     def grow_for_drafts(self, request: Request, drafts: int) -> int:
-        """Slots for so many drafts behind the request's last token, or for as many as the pool has: nobody is preempted
-        for a guess. The blocks stay the request's, which will write real tokens there."""
+        """Slots for so many drafts behind the request's last token, which has one, or for as many as the pool has:
+        nobody is preempted for a guess. The blocks stay the request's, which will write real tokens there."""
         while not self.pool.grow(request.table, len(request.tokens) + drafts):
             drafts -= 1
         return drafts
@@ -298,8 +298,7 @@ class LLM:
     KV head, in little more than a quarter of float32's memory or half of bfloat16's. quantization: "int8" or "fp8"
     brings the weights into 8 bits while they are loaded.
     speculative_model: who guesses tokens for the model to verify, "ngram" or the folder of a smaller model with the
-    same vocabulary; num_speculative_tokens: how many of a request in a step, at most;
-    no more than 15.
+    same vocabulary; num_speculative_tokens: how many of a request in a step, 15 at most.
     cuda_graphs: whether decode steps are replayed; None: wherever attention is "triton" on a GPU. weights: those of
     another LLM of the same model, to share; None: they are read. tensor_parallel_size: how many processes share the
     model; this one is the first, and the others end with it. processes: how many share the device's memory.

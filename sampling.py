@@ -144,8 +144,8 @@ def sample(logits_BV: Tensor, params: list[SamplingParams], keys: list[int], pos
 
 
 def sample_torch(logits_BV: Tensor, params: list[SamplingParams], keys: list[int], positions: list[int]) -> list[int]:
-    """`sample` on a CPU. What has a number for each token of the vocabulary is PyTorch's; what has fewer is NumPy's,
-    whose calls cost less."""
+    """`sample` on a CPU. What has a number for each token of the vocabulary is PyTorch's, but for the search for
+    candidates; what has fewer is NumPy's, whose calls cost less."""
     logits_BV, V = logits_BV.cpu().float(), logits_BV.shape[1]
     if all(p.temperature for p in params):
         bests, tokens = logits_BV.amax(-1).tolist(), [-1] * len(params)   # a tenth of the time of max, which says where
@@ -177,7 +177,7 @@ def draw_from_all(logits_RV: Tensor, rows: list[Row]) -> list[int]:
     weights_RNL = weights_RW.view(R, -1, BLOCK)
     sums_RN = weights_RNL.sum(-1)
     for row, total in zip(rows, total_of(sums_RN)):
-        row.least = row.total = total
+        row.total = total
 
     tokens, left, mask_RV = [0] * R, list(range(R)), scaled_RW[:, :V]   # memory that was just used is fast
     for draw in itertools.count():
@@ -207,29 +207,30 @@ def draw_from_candidates(logits_RV: Tensor, rows: list[Row]) -> list[int]:
     start_R, best_R, temperature_R = columns(rows)
     size_R, id_M, x_M = find_candidates(logits_RV, np.array([row.k for row in rows]))
     row_M = np.repeat(np.arange(R), size_R)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", under="ignore"):
         weight_M = np.exp((x_M - best_R[row_M]) / temperature_R[row_M]).astype(np.float64)
-    for row, size, total in zip(rows, size_R.tolist(), sum_rows(weight_M, size_R)):
-        row.least, row.total = total * row.k / size, total   # k of so many, and those that weigh most
-    candidates = np.split(x_M, np.cumsum(size_R)[:-1])
+    for row, weight_C in zip(rows, np.split(weight_M, np.cumsum(size_R)[:-1])):
+        if row.p < 1:
+            row.total = np.partition(weight_C, -row.k)[-row.k:].sum()
 
     tokens, left, N = [0] * R, np.arange(R), -(-V // BLOCK)
     for draw in itertools.count():
         times, R, block_M = exponentials(start_R[left], draw, BLOCK + N), len(left), id_M // BLOCK
         n_R = race(np.bincount(row_M * N + block_M, weight_M, R * N).reshape(R, N), times[:, BLOCK:])
-        weights_RL, at = np.zeros((R, BLOCK)), np.flatnonzero(block_M == n_R[row_M])
-        weights_RL[row_M[at], id_M[at] % BLOCK] = weight_M[at]
+        weights_RL, won = np.zeros((R, BLOCK)), np.flatnonzero(block_M == n_R[row_M])
+        weights_RL[row_M[won], id_M[won] % BLOCK] = weight_M[won]
         token_R = n_R * BLOCK + race(weights_RL, times[:, :BLOCK])
         pivot_M = x_RV[left, token_R][row_M]
         before_M = (x_M > pivot_M) | (x_M == pivot_M) & (id_M < token_R[row_M])
         counts, masses = sum_rows(before_M, size_R, int), sum_rows(weight_M * before_M, size_R)
         again_R = np.zeros(R, dtype=bool)
         for i, (r, token, count, mass) in enumerate(zip(left.tolist(), token_R.tolist(), counts, masses)):
-            tokens[r], again_R[i] = token, not rows[r].keeps(count, mass, candidates[r])
+            tokens[r], again_R[i] = token, not rows[r].keeps(count, mass)
         if not again_R.any():
             return tokens
-        at = np.flatnonzero(before_M & again_R[row_M])
-        left, size_R, id_M, x_M, weight_M = left[again_R], np.array(counts)[again_R], id_M[at], x_M[at], weight_M[at]
+        stay = np.flatnonzero(before_M & again_R[row_M])
+        left, size_R = left[again_R], np.array(counts)[again_R]
+        id_M, x_M, weight_M = id_M[stay], x_M[stay], weight_M[stay]
         row_M = np.repeat(np.arange(len(left)), size_R)
 
 
@@ -272,23 +273,16 @@ class Row:
     """What one row asks for, as numbers: which tokens it keeps, and where its noise begins."""
 
     def __init__(self, b: int, V: int, params: SamplingParams, key: int, position: int, best: float = 0.0):
-        self.b, self.p, self.k = b, params.top_p, params.top_k if params.top_k < V else 0   # 0: all
-        self.temperature = max(params.temperature, COLDEST)
+        k = int(params.top_k)
+        self.b, self.p, self.k = b, float(params.top_p), k if k < V else 0   # 0: all
+        self.temperature = max(float(params.temperature), COLDEST)
         self.start = noise_start(key, position)
-        self.best = best                        # logit
-        self.least = self.total = 0.0           # what the first k tokens weigh (else all of them): at least, at most
+        self.best, self.total = best, 0.0   # the best logit; what the first k tokens weigh, or all without a top_k
 
-    def keeps(self, count: int, mass: float, x_C: np.ndarray | None = None) -> bool:
-        """Whether a token is kept that has so many tokens, of so much weight, before it. x_C: the logits of the row's
-        candidates."""
-        if self.k and count >= self.k:
-            return False
-        if self.p == 1 or not count or mass < self.p * self.least:   # the best token is kept, however small top_p is
-            return True
-        if self.least < self.total and mass < self.p * self.total:   # seldom: then the first k are added up
-            first_K = np.partition(x_C, -self.k)[-self.k:].astype(np.float64)
-            self.least = self.total = np.exp((first_K - self.best) / self.temperature).sum()
-        return mass < self.p * self.least
+    def keeps(self, count: int, mass: float) -> bool:
+        """Whether a token is kept that has so many tokens, of so much weight, before it. The best one always is,
+        however small top_p is."""
+        return count == 0 or not (self.k and count >= self.k) and (self.p == 1 or mass < self.p * self.total)
 
 
 def race(weights: np.ndarray, times: np.ndarray) -> np.ndarray:
@@ -310,9 +304,9 @@ def guess_floors(logits_RV: Tensor, ks: list[int]) -> Tensor:
     be right: it saves draws.
 
     If the row is cut into groups, 4 k or more, the k-th largest of their maxima is such a logit: more than k tokens are
-    above it only where groups have two. (The last few tokens are in no group.) If k is too large for that, look at
-    every 16th logit, and take the one whose rank is two standard deviations and two beyond the rank that is expected:
-    it is hardly ever above the k-th largest of all. In a small vocabulary take the k-th largest itself.
+    above it only where groups have two. (The last few tokens are in no group.) If k is too large for that, look at a
+    16th of the logits, 16 runs of neighbours, and take the one whose rank is two standard deviations and two beyond the
+    rank that is expected: it is hardly ever above the k-th largest of all. In a small vocabulary take that one itself.
     """
     V = logits_RV.shape[1]
     floor_R = torch.full([len(ks)], -torch.inf, device=logits_RV.device)
@@ -323,7 +317,8 @@ def guess_floors(logits_RV: Tensor, ks: list[int]) -> Tensor:
         if V > 1 << 13 and size:
             some_RG = some_RG[:, :V - V % size].unflatten(1, (size, -1)).amax(1)
         elif V > 1 << 13:
-            some_RG, rank = some_RG[:, ::16].contiguous(), math.ceil(k / 16 + 2 * math.sqrt(k / 16) + 2)
+            some_RG = some_RG[:, :V - V % 256].unflatten(1, (16, 16, -1))[:, :, 0].flatten(1)
+            rank = math.ceil(k / 16 + 2 * math.sqrt(k / 16) + 2)
         floor_R[rows] = some_RG.topk(min(rank, some_RG.shape[1]), sorted=False).values.amin(-1).float()
     return floor_R
 
@@ -346,7 +341,7 @@ def choose(logits_BV: Tensor, takers: list[tuple]) -> tuple[list[int], dict[int,
             logits_V = request.params.logits_processor(list(request.output.token_ids), logits_V)
             if not torch.is_tensor(logits_V) or logits_V.shape != logits_BV[b].shape:
                 raise ValueError(f"it gave {str(logits_V)[:50]} and not logits of shape {list(logits_BV[b].shape)}")
-            processed_BV[b] = logits_V
+            processed_BV[b] = logits_V.detach()
             if not processed_BV[b].max().isfinite():
                 raise ValueError("it left no token to choose: the largest logit must be a finite number")
         except (Exception, SystemExit) as error:   # anything may happen in a stranger's function

@@ -29,7 +29,6 @@ import time
 from bisect import bisect_left
 from collections import deque
 from itertools import accumulate
-from math import inf
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -56,7 +55,7 @@ UNLIKELY = 0.03   # a draft that is right less often is not worth thinking about
 THINKING = 0.01   # of the time: what looking for drafts may take while none is found that pays
 SPARE = 0.025     # of the time: what drafts may cost while none is right
 PURSE = 0.25      # of a step: more than that is not saved up for drafts
-UNKNOWN = 0.3     # of a step: what drafts may cost more than it seems, in a step twice as large as any known one
+UNKNOWN = 0.3     # of a step: what drafts are taken to cost at least, in a step twice as large as any known one
 
 
 class Speculator:
@@ -83,7 +82,8 @@ class Speculator:
     cost. So drafts are paid for from a purse. SPARE of each step's time goes into it, and what right drafts save, until
     it holds PURSE of a step. A step takes no more drafts than can be paid for if none is right but those that `shown`
     promises: a chance like the other, which begins at 0. (A full purse pays for one step, whatever it costs: at batch
-    1 a single draft may cost half a step.) So drafts that are never right cost 2.5% of the time, and one step's drafts.
+    1 a single draft may cost half a step.) So drafts that are never right cost 2.5% of the time, and one step's drafts;
+    what a draft model reads of a prompt, once, is not counted.
 
     Looking for drafts takes time itself: 0.2 ms for 16 requests, 5% of a step of demo/llama. So after a step for which
     none were worth it, it rests for as many steps as make that THINKING of the time. With a large model these are none.
@@ -96,9 +96,9 @@ class Speculator:
         self.usual = 0.5                        # the chance with which a new request begins: that of the last trials
         self.chances = WeakKeyDictionary()      # Request -> chance
         self.shown = WeakKeyDictionary()        # Request -> chance as its own drafts have shown it
-        self.purse = inf                        # seconds; it is full when the first times are known
+        self.purse = PURSE                      # in steps
         self.drafts = {}                        # Request -> its drafts in this step
-        self.decodes = 0                        # requests that decode in this step
+        self.decodes = 0                        # requests that decode in this step, unless it rests
         self.offered = []                       # those of them that could have had drafts
         self.rest = 0                           # for how many steps it does not look for drafts
 
@@ -155,9 +155,7 @@ class Speculator:
                 speed = tokens / (alone + cost)
                 beyond = min(1.0, max(0.0, (rows + count) / largest - 1))
                 price = max(cost, UNKNOWN * beyond * without) - sure * alone / len(requests)
-                if min(price, PURSE * without) > self.purse:
-                    break
-                if speed >= best:
+                if speed >= best and min(price / without, PURSE) <= self.purse:
                     best, best_count = speed, count
         for _, _, b, _ in candidates[:best_count]:
             counts[b] += 1
@@ -184,13 +182,12 @@ class Speculator:
         self.seconds.add(rows, seconds)
         counts, curve = list(map(len, self.drafts.values())), self.seconds.curve()
         without = at(curve, rows - sum(counts))
-        if counts:
+        if counts and without:
             verified = at(curve, rows) if about(rows) in self.seconds.typical else min(seconds, 2 * without)
             passes = max(counts) * at(self.drafter.seconds.curve(), self.decodes)
             saved = right * at(curve, self.decodes) / self.decodes
-            self.purse += saved + without - verified - passes
-        if without:
-            self.purse = min(self.purse + SPARE * without, PURSE * without)
+            self.purse += (saved + without - verified - passes) / without
+        self.purse = min(self.purse + SPARE, PURSE)
 
     def learn(self, accepted: dict):
         """After the step. accepted: Request -> how many of its drafts were right."""
@@ -207,7 +204,8 @@ class Speculator:
 
 
 class Times:
-    """How long a step takes by its number of tokens: the median of the last nine steps of about that size.
+    """How long a step takes by its number of tokens: the median of the last nine steps of about that size. A token of a
+    prompt counts like a draft: the products, which cost most, do not tell them apart.
 
     The first step of a size does not count: it compiles, records a graph or touches memory for the first time. A size
     is known from its third step on. What is not measured again fades, so that it is tried again one day.

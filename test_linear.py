@@ -64,7 +64,7 @@ def test_few_rows_of_a_large_weight_are_filled_up_and_get_their_own_products(poi
         assert found.shape == (rows, outputs)
         np.testing.assert_allclose(found.double().numpy(), expected[:rows], atol={torch.float32: 1e-4, torch.bfloat16: 0.6, torch.int8: 2.0}[dtype])
         filled = linear.enough_rows(x[:rows], part)
-        assert len(filled) == (5 if rows < 3 else rows) and torch.equal(filled[:rows], x[:rows]) and not filled[rows:].any()
+        assert len(filled) == (5 if 0 < rows < 3 else rows) and torch.equal(filled[:rows], x[:rows]) and not filled[rows:].any()
     assert len(linear.enough_rows(x[:1], Part(torch.zeros(600, 784)))) == 1
 
 

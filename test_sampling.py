@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -265,11 +266,9 @@ def test_what_top_p_is_a_part_of_is_the_weight_of_the_first_k(k, p):
     n = int(kept.sum())
     assert set(np.flatnonzero(kept)) == set(order[:n])
     batch = torch.stack([torch.zeros(V), logits])   # the row that is meant is not the first
-    sizes, _, candidates = find_candidates(batch, np.array([k, k]))
-    weights = np.exp(logits.double().numpy() - logits.max().item())[order]
+    row, weights = rows_of(batch, [params] * 2)[1], np.exp(logits.double().numpy() - logits.max().item())[order]
     for count in {max(n - 2, 0), n - 1, n, n + 1, k // 2, k - 1, k, k + 3}:
-        row = rows_of(batch, [params] * 2)[1]
-        assert row.keeps(count, weights[:count].sum(), candidates[sizes[0]:]) == (count < n), (count, n)
+        assert row.keeps(count, weights[:count].sum()) == (count < n), (count, n)
 
 
 def rows_of(logits_BV: torch.Tensor, params: list[SamplingParams]) -> list[sampling.Row]:
@@ -297,14 +296,13 @@ def test_the_guess_leaves_little_more_than_the_first_k(scale):
     logits = random_logits(len(ks), 16_384, scale=scale)
     floors = guess_floors(logits, ks)
     sizes = (logits >= floors[:, None]).sum(1).tolist()
-    assert all(k <= size <= 1.6 * k + 5 for k, size in zip(ks, sizes)), sizes
+    for k, size in zip(ks, sizes):   # by groups; then two standard deviations and two ranks too many, and three by chance
+        assert k <= size <= (1.3 * k + 2 if k <= 256 else k + 5 * 4 * math.sqrt(k) + 2 * 16), sizes
     assert guess_floors(logits[:2], [0, 5])[0] == -torch.inf
     assert find_candidates(logits, np.array(ks))[0].tolist() == sizes
     rows = rows_of(logits, [SamplingParams(temperature=1.0, top_k=k, top_p=0.9) for k in ks])
-    for row, k, size in zip(rows, ks, sizes):   # and with it, what is known of the weight of the first k
-        weight = (logits[row.b].topk(k).values.double() - row.best).exp().sum().item()
-        assert row.least <= weight * (1 + 1e-5) and weight <= row.total * (1 + 1e-5)
-        assert row.least == pytest.approx(row.total * k / size)
+    for row, k in zip(rows, ks):   # and with it, the weight of the first k
+        assert row.total == pytest.approx((logits[row.b].topk(k).values.double() - row.best).exp().sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("V", [5000, 20_000])
@@ -322,10 +320,10 @@ def test_candidates_are_the_first_k_and_what_is_as_likely_as_some_that_follow(V)
 
 @pytest.mark.parametrize("k", [10, 1000])
 def test_a_guess_that_is_wrong_leaves_the_row_whole(k):
-    """For k = 1000 it looks at every 16th logit. These are large, or small, and say nothing of the rest."""
+    """For k = 1000 it looks at 64 logits of each 1,024. These are large, or small, and say nothing of the rest."""
     V, params = 16_384, SamplingParams(temperature=1.0, top_k=k)
-    looked_at, few = (torch.arange(V) % 16 == 0).float(), random_logits(V, scale=0.1)
-    too_high = 20 * looked_at * (torch.arange(V) < 2000) + few   # the guess is among 125 logits, as if there were 2,000
+    looked_at, few = (torch.arange(V) % 1024 < 64).float(), random_logits(V, scale=0.1)
+    too_high = 20 * looked_at * (torch.arange(V) < 2000) + few   # the guess is among 128 logits, as if there were 2,000
     for logits, whole in ((too_high, k == 1000), (-3 * looked_at + few, False), (3 * looked_at.flip(0) + few, False)):
         assert (find_candidates(logits[None], np.array([k]))[0] == V) == whole
         kept = np.lexsort((np.arange(V), -logits.numpy()))[:k]
@@ -391,7 +389,8 @@ def test_a_vocabulary_that_is_padded_has_the_same_noise(V, more, p, key):
 
 
 def test_neither_threads_nor_strides_nor_generators_matter():
-    logits, keys, positions = random_logits(16, 4000, scale=0.55), list(range(16)), [5] * 16
+    logits, keys, positions = random_logits(16, 20_000, scale=0.55), list(range(16)), [5] * 16
+    assert logits.numel() > sampling.SINGLE_THREAD
     params = [SamplingParams(temperature=0.8, top_k=k, top_p=p) for k in (0, 50, 600, 3000) for p in (1, 0.9, 0.5, 0.1)]
     tokens, threads = sample(logits, params, keys, positions), torch.get_num_threads()
     before = logits.clone()
@@ -480,6 +479,17 @@ def test_the_kernel_rejects_and_draws_again_as_often(options):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton for this platform")
+@pytest.mark.parametrize("options", [dict(top_k=40, top_p=0.7), dict(top_k=1000), dict(top_k=5000, top_p=0.9)])
+def test_the_kernel_draws_from_the_same_candidates_of_a_large_vocabulary(options):
+    """Where the first k are guessed at, and one guess is too high."""
+    V, device = 16_384, "cuda" if torch.cuda.is_available() else "cpu"
+    logits = random_logits(4, V, scale=0.55)
+    logits[2] += 20 * (torch.arange(V) % 1024 < 64) * (torch.arange(V) < 2000)
+    rows = [SamplingParams(temperature=0.8, **options)] * 4, list(range(4)), [2 ** 40] * 4
+    assert sampling.sample_triton(logits.to(device), *rows) == sampling.sample_torch(logits, *rows)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton for this platform")
 def test_the_kernel_keeps_the_same_of_equal_logits():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     logits = torch.full([48, 300], -torch.inf, device=device)
@@ -543,6 +553,12 @@ def test_params_take_what_numpy_counts_with():
     params = SamplingParams(max_tokens=np.int64(3), seed=np.int64(1), top_p=np.float32(0.5), n=np.int32(2), stop="ab")
     assert params.stop == ("ab",) and SamplingParams(stop=None).stop == ()
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    logits = random_logits(2, 20_000)
+    for k, others in ((50, (np.uint8(50), np.uint64(50), np.int16(50))), (200, (np.uint8(200),))):
+        plain, *strange = (SamplingParams(temperature=2, top_k=number, top_p=0.9) for number in (k, *others))
+        strange += [SamplingParams(temperature=Fraction(2), top_k=k, top_p=Fraction(9, 10))]
+        expected = sample(logits, [plain] * 2, [1, 2], [3, 4])
+        assert all(sample(logits, [params] * 2, [1, 2], [3, 4]) == expected for params in strange)
 
 
 def request(tokens: list[int], new: int = 1, key: int = 1, **options) -> SimpleNamespace:
@@ -595,6 +611,11 @@ def test_a_logits_processor_sees_its_own_copy_and_harms_nobody_else():
         "the model's logits are not finite: its weights are damaged, "
         "or its dtype is too small, so try float32 or bfloat16"]
     assert describe(Mute()) == "Mute"
+
+    trained = torch.zeros(4, requires_grad=True)   # logits with a history are numbers like others
+    hot = [request([5], temperature=1.0, logits_processor=lambda t, x: x + trained), request([5], temperature=1.0)]
+    plain = [request([5], temperature=1.0)] * 2
+    assert choose(before[:2], [(r, 0) for r in hot]) == choose(before[:2], [(r, 0) for r in plain])
 
 
 def test_log_probabilities_are_of_the_token_and_then_of_the_best():
