@@ -24,6 +24,7 @@ import argparse
 import datetime
 import itertools
 import json
+import logging
 import os
 import platform
 import random
@@ -906,6 +907,7 @@ def transformers():
         return None
     package.logging.set_verbosity_error()
     package.logging.disable_progress_bar()
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
     return package
 
 
