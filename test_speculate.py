@@ -476,6 +476,39 @@ def test_what_goes_into_the_purse_and_what_is_paid_from_it():
     assert rule.purse == pytest.approx(0.25, abs=0.01), "and no more than a quarter of a step is kept for later"
 
 
+def test_what_a_right_draft_saves_is_a_share_of_the_step_of_all_who_decode():
+    """A fourth of it, if one of four had a draft."""
+    rule = new_rule(1)
+    for _ in range(3):
+        rule.pay(4, 1.0, 0)
+        rule.pay(5, 1.0, 0)
+    rule.decodes, rule.offered = 4, [Key()]
+    rule.drafts, rule.purse = {rule.offered[0]: [0]}, -1.0
+    rule.pay(5, 1.0, 1)
+    assert rule.purse == pytest.approx(-1.0 + speculate.SPARE + 0.25, abs=0.02)
+
+
+def test_a_step_twice_as_large_as_any_is_not_taken_to_cost_nothing():
+    """As steps of one and two tokens cost the same, four would seem to. A new request pays for the doubt."""
+    for purse, counts in ((0.05, 1), (0.16, 2), (0.25, 3)):
+        rule, request = new_rule(3), Key()
+        for rows in (1, 2) * 3:
+            rule.pay(rows, 1.0, 0)
+        rule.purse, rule.chances[request] = purse, 0.9
+        assert sum(rule.worthwhile([request], [3], 1)) == counts, purse
+
+
+def test_a_verification_is_a_short_chunk_however_many_drafts_are_allowed(lone):
+    folder, prompts, expected = lone["llama"]
+    llm, longest = LLM(folder, speculative_model="ngram", num_speculative_tokens=40), []
+    llm.speculator.drafter = Prophet({tuple(prompts[4]): expected[4] * 9}, 1.0)
+    llm.speculator.drafter.offers = lambda requests, rooms: rooms
+    take_all(llm)
+    llm.watchers.append(lambda plan, *rest: longest.extend(len(chunk.tokens) for _, chunk in plan if chunk.logits > 1))
+    (out,) = llm.generate([prompts[4]], SamplingParams(max_tokens=40, ignore_eos=True))
+    assert out.token_ids[:NEW] == expected[4] and max(longest) == batch.SHORT
+
+
 def test_a_dear_number_of_drafts_does_not_hide_a_cheap_one_behind_it():
     """Five rows may take less time than two: the products of a CPU do."""
     rule, request = new_rule(4), Key()
