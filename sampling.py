@@ -280,9 +280,9 @@ class Row:
         self.best, self.total = best, 0.0   # the best logit; what the first k tokens weigh, or all without a top_k
 
     def keeps(self, count: int, mass: float) -> bool:
-        """Whether a token is kept that has so many tokens, of so much weight, before it. The best one always is,
-        however small top_p is."""
-        return count == 0 or not (self.k and count >= self.k) and (self.p == 1 or mass < self.p * self.total)
+        """Whether a token is kept that has so many tokens, of so much weight, before it. (The best one always is:
+        before it there is no weight, and the total is never far below 1.)"""
+        return not (self.k and count >= self.k) and (self.p == 1 or mass < self.p * self.total)
 
 
 def race(weights: np.ndarray, times: np.ndarray) -> np.ndarray:
