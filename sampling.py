@@ -184,16 +184,16 @@ def draw_from_all(logits_RV: Tensor, rows: list[Row]) -> list[int]:
         times, each_R = exponentials(start_R[left], draw, BLOCK + sums_RN.shape[1]), np.arange(len(left))
         n_R = race(sums_RN.numpy(), times[:, BLOCK:])
         token_R = n_R * BLOCK + race(weights_RNL.numpy()[each_R, n_R], times[:, :BLOCK])
-        counts = masses = itertools.repeat(0)
+        masses = itertools.repeat(0)
         if any(rows[r].p < 1 for r in left):
             before_RV = predecessors([logits_RV[r] for r in left], token_R.tolist(), out=mask_RV[:len(left)])
             weights_RNL.flatten(1)[:, :V].mul_(before_RV)
             sums_RN = weights_RNL.sum(-1)
-            counts, masses = before_RV.sum(-1).tolist(), total_of(sums_RN)
+            masses = total_of(sums_RN)
         again = []
-        for i, (r, token, count, mass) in enumerate(zip(left, token_R.tolist(), counts, masses)):
+        for i, (r, token, mass) in enumerate(zip(left, token_R.tolist(), masses)):
             tokens[r] = token
-            if not rows[r].keeps(count, mass):
+            if not rows[r].keeps(mass):
                 again.append(i)
         if not again:
             return tokens
@@ -225,7 +225,7 @@ def draw_from_candidates(logits_RV: Tensor, rows: list[Row]) -> list[int]:
         counts, masses = sum_rows(before_M, size_R, int), sum_rows(weight_M * before_M, size_R)
         again_R = np.zeros(R, dtype=bool)
         for i, (r, token, count, mass) in enumerate(zip(left.tolist(), token_R.tolist(), counts, masses)):
-            tokens[r], again_R[i] = token, not rows[r].keeps(count, mass)
+            tokens[r], again_R[i] = token, not rows[r].keeps(mass, count)
         if not again_R.any():
             return tokens
         stay = np.flatnonzero(before_M & again_R[row_M])
@@ -279,9 +279,9 @@ class Row:
         self.start = noise_start(key, position)
         self.best, self.total = best, 0.0   # the best logit; what the first k tokens weigh, or all without a top_k
 
-    def keeps(self, count: int, mass: float) -> bool:
-        """Whether a token is kept that has so many tokens, of so much weight, before it. (The best one always is:
-        before it there is no weight, and the total is never far below 1.)"""
+    def keeps(self, mass: float, count: int = 0) -> bool:
+        """Whether a token is kept that has tokens of so much weight before it, and so many, which matters to a top_k.
+        (The best one always is: before it there is no weight, and the total is never far below 1.)"""
         return not (self.k and count >= self.k) and (self.p == 1 or mass < self.p * self.total)
 
 

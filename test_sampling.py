@@ -268,7 +268,7 @@ def test_what_top_p_is_a_part_of_is_the_weight_of_the_first_k(k, p):
     batch = torch.stack([torch.zeros(V), logits])   # the row that is meant is not the first
     row, weights = rows_of(batch, [params] * 2)[1], np.exp(logits.double().numpy() - logits.max().item())[order]
     for count in {max(n - 2, 0), n - 1, n, n + 1, k // 2, k - 1, k, k + 3}:
-        assert row.keeps(count, weights[:count].sum()) == (count < n), (count, n)
+        assert row.keeps(weights[:count].sum(), count) == (count < n), (count, n)
 
 
 def rows_of(logits_BV: torch.Tensor, params: list[SamplingParams]) -> list[sampling.Row]:
