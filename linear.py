@@ -34,6 +34,7 @@ from torch import Tensor
 
 from device import jit, load_triton
 
+ROUNDS = 1.5 * 2 ** 23   # a float32 sum of this size is whole: rounded, ties to even, with the number in its last bits
 SMALL = 1 << 20   # bytes of a weight that sits in the caches
 GROUP = 128       # columns that share a scale, where a row has several; in blocks of FP8 as many rows do, too
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -210,7 +211,7 @@ def widen(part: Part, dtype: torch.dtype) -> Part:
 
 
 def quantize_rows(x_TE: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-    """Numbers that the part's type holds (FP8 once they are rounded to it), float32 [T, E], and a scale per token,
+    """Each row in steps of its scale, float32 [T, E], not rounded yet to what the part's type holds, and the scales,
     float32 [T, 1]. A row of zeros has the scale 0 and a row with a NaN the scale NaN, which is what all their products
     become. Of a row whose columns are on several ranks the largest number of all decides."""
     scale_T1 = x_TE.abs().amax(-1, keepdim=True).float()
@@ -220,18 +221,18 @@ def quantize_rows(x_TE: Tensor, part: Part) -> tuple[Tensor, Tensor]:
         scale_T1.div_(448)
         return x_TE / scale_T1.clamp_min(torch.finfo(torch.float32).tiny), scale_T1
     scale_T1.div_(127)
-    return (x_TE / scale_T1).round_(), scale_T1
+    return x_TE / scale_T1, scale_T1
 
 
 def linear_int8(x_TE: Tensor, part: Part) -> Tensor:
     """`linear` for a weight of int8: whole numbers, exactly, then the scales."""
-    whole_TE, scale_T1 = quantize_rows(x_TE, part)
+    steps_TE, scale_T1 = quantize_rows(x_TE, part)
     if part.weight.is_mkldnn:   # it wants rows from 1 to 255, and takes out of the sums what that adds
-        rows_TE = enough_rows(whole_TE.add_(128).to(torch.uint8), part)
+        rows_TE = enough_rows(steps_TE.add_(ROUNDS + 128).view(torch.int32).to(torch.uint8), part)
         y_TF = torch.ops.onednn.qlinear_pointwise.default(
             rows_TE, 1.0, 128, part.weight, part.scale, None, None, 1.0, 0, torch.float32, "none", [], "")[:len(x_TE)]
     else:
-        y_TF = multiply_exactly(whole_TE.to(torch.int8), part.weight) * part.scale.T
+        y_TF = multiply_exactly(steps_TE.round_().to(torch.int8), part.weight) * part.scale.T
     y_TF *= scale_T1
     if part.bias is not None:
         y_TF += part.bias
@@ -310,8 +311,8 @@ def linear_triton(x_TE: Tensor, part: Part) -> Tensor:
     load_triton()
     (T, E), (out, G), fp8 = x_TE.shape, part.scale.shape, part.weight.dtype != torch.int8
     if part.slice is not None and G == 1:   # what decides is between two steps: the ranks' largest number
-        q_TE, scale_TG = quantize_rows(x_TE, part)
-        q_TE = q_TE.to(part.weight.dtype)
+        steps_TE, scale_TG = quantize_rows(x_TE, part)
+        q_TE = (steps_TE if fp8 else steps_TE.round_()).to(part.weight.dtype)
     else:
         q_TE, scale_TG = quantize_rows_triton(x_TE, part.weight.dtype, G)
     y_TF = torch.empty(T, out, dtype=x_TE.dtype, device=x_TE.device)

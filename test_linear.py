@@ -49,6 +49,16 @@ def test_a_packed_part_gives_the_product(poisoned, rows, inputs, outputs, dtype,
     np.testing.assert_allclose(out.double(), expected, rtol=tolerance, atol=2 * tolerance * inputs ** 0.5)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_numbers_in_the_middle_between_two_steps_go_to_the_even_one(poisoned, packed):
+    """With 127 as the largest a step is 1, and the identity shows what became of each number."""
+    numbers = torch.cat([torch.arange(-127, 127.1, 0.5), torch.tensor([0.49999997, -0.49999997, 126.49999, -1e-30])])
+    numbers = torch.stack([numbers, -numbers, torch.zeros_like(numbers)])
+    identity = Part(torch.eye(numbers.shape[1], dtype=torch.int8), None, torch.ones(numbers.shape[1], 1))
+    part = pack(identity, torch.float32) if packed else identity
+    np.testing.assert_array_equal(linear.linear(numbers, part).numpy(), np.rint(numbers.numpy()))
+
+
 @pytest.mark.parametrize("dtype, outputs", [(torch.float32, 700), (torch.bfloat16, 1400), (torch.int8, 2800)])
 def test_few_rows_of_a_large_weight_are_filled_up_and_get_their_own_products(poisoned, dtype, outputs):
     """One or two rows become five, and only theirs come out; nobody's rows are filled up where the weight is small."""
