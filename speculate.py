@@ -81,9 +81,9 @@ class Speculator:
     At first the chances and the times are no more than guesses, and a short text has no time to make good what they
     cost. So drafts are paid for from a purse. SPARE of each step's time goes into it, and what right drafts save, until
     it holds PURSE of a step. A step takes no more drafts than can be paid for if none is right but those that `shown`
-    promises: a chance like the other, which begins at 0. (A full purse pays for one step, whatever it costs: at batch
-    1 a single draft may cost half a step.) So drafts that are never right cost 2.5% of the time, and one step's drafts;
-    what a draft model reads of a prompt, once, is not counted.
+    promises: a chance like the other, which begins at 0. (A full purse pays for a first draft, or for those of a lone
+    request, whatever they cost: at batch 1 a single draft may cost half a step.) So drafts that are never right cost
+    2.5% of the time, and a quarter of a step or one such lump. What a draft model reads of a prompt is not counted.
 
     Looking for drafts takes time itself: 0.2 ms for 16 requests, 5% of a step of demo/llama. So after a step for which
     none were worth it, it rests for as many steps as make that THINKING of the time. With a large model these are none.
@@ -155,7 +155,8 @@ class Speculator:
                 speed = tokens / (alone + cost)
                 beyond = min(1.0, max(0.0, (rows + count) / largest - 1))
                 price = max(cost, UNKNOWN * beyond * without) - sure * alone / len(requests)
-                if speed >= best and min(price / without, PURSE) <= self.purse:
+                lump = self.purse == PURSE and (count == 1 or len(requests) == 1)
+                if speed >= best and (lump or price / without <= self.purse):
                     best, best_count = speed, count
         for _, _, b, _ in candidates[:best_count]:
             counts[b] += 1
