@@ -67,7 +67,7 @@ from roofline import (HARDWARE, LINKS, SHAPES, Ceiling, attention_flops, clock, 
                       gpu_seconds, handing_over, in_8_bits, in_turns, kv_bytes, layer_weights, machine,
                       measured_ceiling, on_paper, ratio, step_cost, weight_bytes)
 from sampling import mix
-from speculate import NgramDrafter, Speculator, Times
+from speculate import Drafter, NgramDrafter, Speculator
 
 DEMO = Path(__file__).parent / "demo/llama"
 
@@ -637,11 +637,11 @@ DRAFTS = 0, 1, 2, 4, 8
 SURE = 0.8          # how often a draft is right that is made to be right so often
 TURN = 4            # steps of an engine, before it is another one's turn
 PROMPT = 8          # tokens of the prompts that the oracle knows
-RULED = 7           # turns of off and on: it is about 5%, and neighbours make a turn of a tiny model differ by that
+RULED = 11          # turns of off and on: it is about 5%, and neighbours make a turn of a tiny model differ by that
 REPEATED = 24       # tokens of its own answer, at the end of the prompt that n-grams go on from
 
 
-class Oracle:
+class Oracle(Drafter):
     """A drafter that knows what the model says, and makes each draft right with a given probability.
 
     Of a real pair, acceptance is a property of the two models and of the text. What it gains at that acceptance is a
@@ -651,9 +651,9 @@ class Oracle:
 
     def __init__(self, texts: list[list[int]], prompt: int, right: float, V: int):
         """texts: prompts of so many tokens with what the model says after them. right: the probability."""
+        super().__init__()
         self.texts = {tuple(text[:prompt]): (i, text) for i, text in enumerate(texts)}
         self.prompt, self.right, self.V = prompt, right, V
-        self.seconds = Times()   # of its passes: none
 
     def offers(self, requests: list, rooms: list[int]) -> list[int]:
         return [max(0, min(room, len(self.text_of(request)[1]) - len(request.tokens)))
@@ -662,9 +662,6 @@ class Oracle:
     def guess(self, requests: list, counts: list[int]) -> list[list[int]]:
         return [[self.draft(*self.text_of(request), len(request.tokens) + i) for i in range(count)]
                 for request, count in zip(requests, counts)]
-
-    def keep(self):
-        """It has no K and V."""
 
     def text_of(self, request) -> tuple[int, list[int]]:
         return self.texts[tuple(request.tokens[:self.prompt])]
@@ -752,7 +749,7 @@ def beside(llm: LLM) -> LLM:
 
 def off_and_on(plain: LLM, llm: LLM, drafter) -> list[tuple[LLM, Speculator | None]]:
     """Two ways: an engine that does not speculate, and one that does and decides for itself how much."""
-    return [(plain, None), (llm, Speculator(drafter, 4))]
+    return [(plain, None), (llm, Speculator(drafter, 4, llm.runner))]
 
 
 def sum_up(run: SimpleNamespace, B: int) -> Run:

@@ -233,11 +233,15 @@ class Scheduler:
         A prompt of 23 tokens with n = 4, 12 tokens allowed, usage 0.5, blocks of 4: it is expected to end with 29
         tokens. All four share the 5 full blocks of the prompt, and each needs 3 more for tokens 20 to 28: 17 in all.
         """
-        prompt, length, blocks_for = request.output.prompt_tokens, len(request.tokens), self.pool.blocks_for
-        end = max(length + 1, prompt + math.ceil(self.usage * (request.max_length - prompt)))
-        shared = length // self.pool.block_size
-        own = blocks_for(min(end, request.max_length)) - shared
+        shared = len(request.tokens) // self.pool.block_size
+        own = self.pool.blocks_for(self.expected_length(request)) - shared
         return max(0, shared + len(request.siblings) * own - len(request.table.blocks))   # drafts may have more
+
+    def expected_length(self, request: Request) -> int:
+        """How many tokens the request is expected to end with: one more than it has, at least."""
+        prompt = request.output.prompt_tokens
+        expected = prompt + math.ceil(self.usage * (request.max_length - prompt))
+        return min(max(len(request.tokens) + 1, expected), request.max_length)
 
     def _preempt(self) -> Request:
         youngest = self.running.pop()
@@ -372,7 +376,7 @@ class LLM:
         self.speculator = None
         if speculative_model is not None:
             drafter = DraftModel(draft, self.pool, max_batched_tokens, cuda_graphs) if draft else NgramDrafter()
-            self.speculator = Speculator(drafter, num_speculative_tokens)
+            self.speculator = Speculator(drafter, num_speculative_tokens, self.runner)
         self.requests: dict[int, Request] = {}
         self.grown: dict[Output, None] = {}   # since `step` last returned; an ordered set
         self.stepping, self.doomed = False, []   # who was aborted within a step, by a logits_processor or watcher

@@ -554,6 +554,8 @@ def test_speculation_off_and_on_take_turns(hands):
     ways = bench.off_and_on(plain, llm, bench.Oracle(texts, 4, 1.0, 99))
     assert plain.speculator is ways[0][1] is None and ways[1][0] is llm and "worthwhile" not in vars(ways[1][1]), "it decides for itself"
     plain.runner.forward = taking(plain.runner.forward, hands, lambda batch: order.append(len(batch.tokens_T)) or 10 + len(batch.tokens_T))
+    assert order == [1, 2, 5, 32] * 2, "it measures, twice as this takes so long, and then it decides"
+    order.clear()
     off, on = bench.run_ways([ways[0], (llm, bench.forced(bench.Oracle(texts, 4, 1.0, 99), 3))], prompts, 6)
     assert order == [8] + [2] * 4 + [8] + [8] * 4 + [2] * 4 + [8] * 4 + [2] * 2 + [8] * 2, "prompts, the warm ones, and turns of 4 and 2"
     assert (off.tokens, off.seconds, off.drafts) == (1, 12, 0) and (on.tokens, on.seconds, on.drafts) == (4, 18, 3)
