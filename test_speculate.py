@@ -304,8 +304,7 @@ def test_a_draft_model_finds_its_prefixes_and_catches_up(lone):
     take_all(llm)
     while llm.requests:
         llm.step()
-    assert passes[0] == [53] and sorted(passes[3]) == [1 + 2 + 4, 9, 9] or passes
-    assert sum(map(sum, passes)) < 3 * (50 + NEW), "48 tokens in 6 full blocks are run for one of the three"
+    assert passes[:4] == [[38], [1], [1], [2, 7, 7]], "32 tokens in 4 full blocks are run for one of the three"
 
 
 def test_a_draft_model_reads_long_prompts_in_chunks_of_the_budget(lone):
