@@ -597,6 +597,28 @@ def test_who_has_much_to_read_comes_last_and_keeps_nobody_from_drafts():
     assert min(rule.worthwhile(crowd, [3, 3], 2)) > 0
 
 
+def test_a_text_that_is_begun_is_promised_until_it_is_read_and_none_is_begun_that_ends_before():
+    rule, (request,) = reading_rule(200)
+    rule.purse.savings, rule.left = 99.0, 100
+    assert any(rule.worthwhile([request], [3], 1)) and request in rule.promised
+    request.unread = 3
+    rule.worthwhile([request], [3], 1)
+    assert request not in rule.promised
+    request.unread, request.max_length = 200, 2   # two steps to come, and reading takes a little more
+    assert rule.worthwhile([request], [3], 1) == [0]
+
+
+def test_a_step_with_drafts_is_never_taken_to_be_cheaper_than_one_without():
+    """Else looking for them would seem to cost nothing."""
+    rule, request = new_rule(1), Key()
+    for _ in range(3):
+        rule.seconds.add(1, 1.0)
+        rule.seconds.add(2, 0.5)
+        rule.looking.add(1, 0.1)
+    rule.purse.held = 0.0
+    assert rule.worthwhile([request], [1], 1) == [0]
+
+
 @pytest.mark.parametrize("num_blocks", [1, 16, 100])
 def test_what_drafts_cost_is_measured_before_there_are_any(lone, num_blocks):
     folder = lone["llama"][0]
